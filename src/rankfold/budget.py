@@ -1,0 +1,147 @@
+"""What is counted (parameters, MACs, bytes) and the limits a user sets on it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from rankfold.errors import BudgetError, UnknownNameError
+
+UNITS = ("params", "macs", "bytes")
+"""The units a budget can be stated in."""
+
+Limit = float | int | str
+"""A fraction (float in (0, 1], or text such as "50%"), or an absolute count (int, or text such as "300M")."""
+
+_DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BYTES = {
+    "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a network, or one layer of it, costs.
+
+    `params` counts each shared parameter once; `macs` are multiply-accumulates of one forward pass over the example
+    inputs; `bytes` are those of parameters and persistent buffers as stored.
+    """
+
+    params: int
+    macs: int
+    bytes: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.params + other.params, self.macs + other.macs, self.bytes + other.bytes)
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(self.params - other.params, self.macs - other.macs, self.bytes - other.bytes)
+
+    def kept(self, original: Cost) -> dict[str, float]:
+        """Fraction of `original` that is left, per unit."""
+        return {unit: getattr(self, unit) / max(getattr(original, unit), 1) for unit in UNITS}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Upper limits on the compressed network, in one or several units at once.
+
+    Each limit is a fraction of the original network (a float in (0, 1], or "50%") or an absolute count (an integer, or
+    a text with a unit: "300M" parameters or MACs, "12MB" or "12MiB" bytes). Raises BudgetError for anything else.
+    """
+
+    params: Limit | None = None
+    macs: Limit | None = None
+    bytes: Limit | None = None
+
+    def __post_init__(self) -> None:
+        if not self.given:
+            raise BudgetError("the budget is empty; state at least one of params, macs, bytes, for example macs=0.5")
+        for unit, limit in self.given.items():
+            _parse(unit, limit)
+
+    @property
+    def given(self) -> dict[str, Limit]:
+        """The limits that were stated, by unit."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+
+    def limits(self, original: Cost) -> dict[str, int]:
+        """The largest count allowed per stated unit, for a network that costs `original`."""
+        limits = {}
+        for unit, limit in self.given.items():
+            value = _parse(unit, limit)
+            limits[unit] = math.floor(value * getattr(original, unit)) if isinstance(value, float) else value
+        return limits
+
+    @classmethod
+    def parse(cls, texts: list[str]) -> Budget:
+        """The budget spelled by texts such as "macs=0.5" or "bytes=12MB", one unit each."""
+        limits: dict[str, Limit] = {}
+        for text in texts:
+            unit, separator, value = (part.strip() for part in text.partition("="))
+            if not separator or not value:
+                raise BudgetError(f"budget {text!r} is not of the form UNIT=LIMIT, for example macs=0.5 or bytes=12MB")
+            if unit not in UNITS:
+                raise UnknownNameError("budget unit", unit, UNITS)
+            if unit in limits:
+                raise BudgetError(f"budget {unit} is stated twice ({limits[unit]} and {value}); keep one")
+            limits[unit] = value
+        return cls(**limits)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{unit}={limit}" for unit, limit in self.given.items())
+
+
+def describe(counts: Mapping[str, int], original: Cost) -> str:
+    """Absolute counts with the fraction of the original each one is: "macs=0.0312 (1,272,000)".
+
+    The fraction is rounded up, so that it can be given back as a budget.
+    """
+    parts = []
+    for unit, count in counts.items():
+        fraction = math.ceil(count / max(getattr(original, unit), 1) * 1e4) / 1e4
+        parts.append(f"{unit}={fraction:.4f} ({count:,})")
+    return ", ".join(parts)
+
+
+def _parse(unit: str, limit: object) -> float | int:
+    """A fraction as a float, an absolute count as an integer."""
+    if isinstance(limit, str):
+        return _parse_text(unit, limit)
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)):
+        raise BudgetError(f"budget {unit}={limit!r} is neither a number nor a text such as '0.5', '300M' or '12MB'")
+    if isinstance(limit, float):
+        return _fraction(unit, limit, limit)
+    return _absolute(unit, limit, limit)
+
+
+def _parse_text(unit: str, text: str) -> float | int:
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*(%|[A-Za-z]*)\s*", text)
+    if not match:
+        raise BudgetError(f"budget {unit}={text!r} is not a number; write a fraction (0.5, 50%) or a count (300M)")
+    number, suffix = match.group(1), match.group(2).lower()
+    if suffix == "%":
+        return _fraction(unit, float(number) / 100, text)
+    if not suffix:
+        return _absolute(unit, int(number), text) if number.isdigit() else _fraction(unit, float(number), text)
+    scales = {**_DECIMAL, **_BYTES} if unit == "bytes" else _DECIMAL
+    if suffix not in scales:
+        allowed = "kB, MB, GB, KiB, MiB, GiB" if unit == "bytes" else "k, M, G"
+        raise BudgetError(f"budget {unit}={text!r}: unknown suffix {match.group(2)!r}; allowed for {unit}: {allowed}")
+    return _absolute(unit, math.floor(float(number) * scales[suffix]), text)
+
+
+def _fraction(unit: str, value: float, given: object) -> float:
+    if not 0 < value <= 1:
+        hint = "; for an absolute count give an integer or a text such as '300M'" if value > 1 else ""
+        raise BudgetError(f"budget {unit}={given} is not in (0, 1], the range of a fraction of the original{hint}")
+    return float(value)
+
+
+def _absolute(unit: str, value: int, given: object) -> int:
+    if value < 1:
+        raise BudgetError(f"budget {unit}={given} must be at least 1")
+    return value

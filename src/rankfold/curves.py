@@ -1,0 +1,187 @@
+"""Error and cost per rank: every candidate a layer has, pruned to those that can be part of an optimal plan.
+
+A candidate is dropped when another of the same layer is no worse in the error and in every cost of the stated units. In
+any plan that uses it, the other one can stand in its place, so nothing better is lost. What the grids leave out before
+that is said where they are made (`Train.grid`, `RingExpansion.grids`).
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Float
+from torch import Tensor
+
+from rankfold.budget import UNITS
+from rankfold.decompositions import DECOMPOSITIONS, Expansion, Grid, expand, relative_error, wiring_of
+from rankfold.decompositions.als import alternate
+from rankfold.plan import LayerSpec
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A layer's candidates, cheapest last; the first is always the layer as it is, at error zero.
+
+    `tried` are the decompositions that were asked for. `methods[k]` is the decomposition's name (None: dense),
+    `ranks[k]` one rank per bond, `errors[k]` the squared relative error, `costs[unit][k]` the weight's cost.
+    """
+
+    layer: LayerSpec
+    tried: tuple[str, ...]
+    methods: tuple[str | None, ...]
+    ranks: tuple[tuple[int, ...], ...]
+    errors: FloatArray
+    costs: dict[str, IntArray]
+
+    def __len__(self) -> int:
+        return len(self.errors)
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Candidates of one decomposition, before methods are merged."""
+
+    name: str
+    ranks: IntArray
+    errors: FloatArray
+    costs: dict[str, IntArray]
+
+
+def measure_layer(
+    layer: LayerSpec, weight: Float[Tensor, "g o i *taps"], names: Sequence[str], *, units: Sequence[str] = UNITS
+) -> Curve:
+    """The candidates of a layer among the decompositions `names`, none of them larger than the layer in any of `units`.
+
+    Errors are squared relative Frobenius errors of the closed form; where a decomposition asks for it (CP), of the form
+    fitted at a few ranks and interpolated between them.
+    """
+    parts = []
+    seen = set()
+    for name in names:
+        wiring = wiring_of(name, layer.shape)
+        if wiring in seen:  # on a layer with few taps several decompositions are the same
+            continue
+        seen.add(wiring)
+        expansion = expand(name, weight, layer.shape)
+        grids = expansion.grids()
+        if DECOMPOSITIONS[name].knots and layer.shape.taps:
+            grids = tuple(_fitted(grid, name, weight, expansion) for grid in grids)
+        parts.extend(_candidates(name, layer, grid, units) for grid in grids)
+    return _merged(layer, tuple(names), parts, units)
+
+
+def smallest_form(layer: LayerSpec, name: str) -> str:
+    """How small a decomposition can make a layer at best, in words: for saying why it was skipped."""
+    wiring = wiring_of(name, layer.shape)
+    ones = [1] * len(wiring.bonds)
+    params, macs = wiring.params(layer.shape, ones), wiring.macs(layer.shape, ones)
+    dense = layer.dense
+    return f"{name} at rank 1 has {params:,} parameters of {dense.params:,} and {macs:,} MACs of {dense.macs:,}"
+
+
+def pareto(errors: FloatArray, costs: Sequence[IntArray]) -> IntArray:
+    """Indices of the candidates that no other one matches in the error and all costs, by rising cost.
+
+    Of exact ties the first stays. One cost takes a sort; with two, a sweep over a staircase of (second cost, error).
+    """
+    costs = _independent(costs)
+    order = np.lexsort((errors, *reversed(costs)))
+    if len(costs) == 1:
+        best = np.minimum.accumulate(errors[order])
+        return order[np.append(True, best[1:] < best[:-1])] if len(order) else order
+    kept = []
+    stairs_cost: list[float] = []  # rising, while stairs_error falls
+    stairs_error: list[float] = []
+    for index in order:
+        cost, error = costs[1][index], errors[index]
+        at = bisect.bisect_right(stairs_cost, cost)
+        if at and stairs_error[at - 1] <= error:
+            continue
+        kept.append(index)
+        end = at
+        while end < len(stairs_cost) and stairs_error[end] >= error:
+            end += 1
+        start = at - 1 if at and stairs_cost[at - 1] == cost else at
+        stairs_cost[start:end] = [cost]
+        stairs_error[start:end] = [error]
+    return np.array(kept, dtype=np.int64)
+
+
+def _independent(costs: Sequence[IntArray]) -> list[IntArray]:
+    """The costs without those that are a multiple of an earlier one, as bytes are of parameters."""
+    kept: list[IntArray] = []
+    for cost in costs:
+        if not any(np.array_equal(cost * one[:1], one * cost[:1]) for one in kept):
+            kept.append(cost)
+    return kept
+
+
+def _candidates(name: str, layer: LayerSpec, grid: Grid, units: Sequence[str]) -> _Candidates:
+    """The useful candidates of a grid that are not larger than the layer in any unit, and smaller in one."""
+    wiring = wiring_of(name, layer.shape)
+    ranks = [axis.ravel() for axis in np.meshgrid(*grid.ranks, indexing="ij")]
+    errors = grid.errors.ravel()
+    params = np.broadcast_to(wiring.params(layer.shape, ranks), errors.shape)
+    macs = np.broadcast_to(wiring.macs(layer.shape, ranks), errors.shape)
+    costs = {"params": params, "macs": macs, "bytes": params * layer.itemsize}
+    fits = np.isfinite(errors)
+    smaller = np.zeros_like(fits)
+    for rank, largest in zip(ranks, wiring.largest_ranks(layer.shape, ranks), strict=True):
+        fits &= rank <= largest
+    for unit in units:
+        fits &= costs[unit] <= getattr(layer.dense, unit)
+        smaller |= costs[unit] < getattr(layer.dense, unit)
+    chosen = np.flatnonzero(fits & smaller)
+    front = chosen[pareto(errors[chosen], [costs[unit][chosen] for unit in units])]
+    return _Candidates(
+        name, np.stack(ranks, 1)[front], errors[front], {unit: cost[front] for unit, cost in costs.items()}
+    )
+
+
+def _merged(
+    layer: LayerSpec, tried: tuple[str, ...], parts: Sequence[_Candidates], units: Sequence[str]
+) -> Curve:
+    """All parts and the dense layer as one curve, pruned together."""
+    dense = layer.dense
+    methods: list[str | None] = [None, *(part.name for part in parts for _ in part.errors)]
+    ranks = [(), *(tuple(map(int, row)) for part in parts for row in part.ranks)]
+    errors = np.concatenate([[0.0], *(part.errors for part in parts)])
+    costs = {
+        unit: np.concatenate([[getattr(dense, unit)], *(part.costs[unit] for part in parts)]).astype(np.int64)
+        for unit in UNITS
+    }
+    front = pareto(errors, [costs[unit] for unit in units])
+    front = np.append(0, front[front != 0][::-1])
+    return Curve(
+        layer,
+        tried,
+        tuple(methods[k] for k in front),
+        tuple(ranks[k] for k in front),
+        errors[front],
+        {unit: cost[front] for unit, cost in costs.items()},
+    )
+
+
+def _fitted(grid: Grid, name: str, weight: Tensor, expansion: Expansion) -> Grid:
+    """The grid of a one-bond decomposition with its errors scaled to what alternating least squares reaches.
+
+    The ratio of fitted to closed-form error is measured at a few ranks and interpolated over the rank's logarithm.
+    """
+    method = DECOMPOSITIONS[name]
+    (ranks,) = grid.ranks
+    fractions = np.geomspace(1 / 16, 0.75, method.knots)
+    knots = np.unique(np.clip((fractions * ranks[-1]).round().astype(np.int64), 1, ranks[-1]))
+    ratios = []
+    for knot in knots:
+        factors = alternate(weight.double(), expansion.wiring, expansion.factors([int(knot)]), sweeps=method.sweeps)
+        reached = relative_error(weight.double(), expansion.wiring, factors)
+        ratios.append(reached / max(grid.errors[knot - 1], 1e-300))
+    scale = np.interp(np.log(ranks), np.log(knots), np.minimum(ratios, 1.0))
+    return Grid(grid.ranks, np.minimum.accumulate(grid.errors * scale))

@@ -1,0 +1,95 @@
+"""The table of decompositions, and the two things done with any of them: expand a weight, and fit its factors.
+
+Adding a decomposition is one file beside this one and one line in the table; every search, layer kind and test takes it
+from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rankfold.decompositions.als import alternate, balance, reconstruct, relative_error
+from rankfold.decompositions.cp import CP
+from rankfold.decompositions.cp3 import CP3
+from rankfold.decompositions.expansion import Decomposition, Expansion, Factors, Grid
+from rankfold.decompositions.ring import RING
+from rankfold.decompositions.spatial import SPATIAL
+from rankfold.decompositions.svd import SVD
+from rankfold.decompositions.tt import TT
+from rankfold.decompositions.tucker import TUCKER
+from rankfold.errors import PlanError, UnknownNameError
+from rankfold.wiring import MATRIX, LayerShape, Wiring
+
+__all__ = [
+    "DECOMPOSITIONS",
+    "Decomposition",
+    "Expansion",
+    "Factors",
+    "Grid",
+    "decomposition",
+    "expand",
+    "fit",
+    "reconstruct",
+    "relative_error",
+    "wiring_of",
+]
+
+DECOMPOSITIONS: dict[str, Decomposition] = {d.name: d for d in (SVD, SPATIAL, TUCKER, TT, CP, CP3, RING)}
+
+
+def decomposition(name: str) -> Decomposition:
+    """The decomposition called `name`; raises UnknownNameError, with the nearest names, where there is none."""
+    if name not in DECOMPOSITIONS:
+        raise UnknownNameError("decomposition", name, DECOMPOSITIONS)
+    return DECOMPOSITIONS[name]
+
+
+def wiring_of(name: str, shape: LayerShape) -> Wiring:
+    """The wiring of a decomposition on a layer: on one without taps, all of them are the matrix SVD."""
+    return decomposition(name).wiring(shape.taps) if shape.taps else MATRIX
+
+
+def expand(name: str, weight: Tensor, shape: LayerShape) -> Expansion:
+    """The closed-form expansion of a weight (g, o, i, *taps) of any floating dtype, computed in float64."""
+    method = decomposition(name) if shape.taps else SVD
+    return method.expand(weight.double(), wiring_of(name, shape), weight.dtype == torch.float64)
+
+
+def fit(
+    name: str,
+    weight: Tensor,
+    shape: LayerShape,
+    ranks: Sequence[int],
+    *,
+    layer: str = "layer",
+    sweeps: int | None = None,
+    expansion: Expansion | None = None,
+) -> Factors:
+    """Factors (float64) of a weight (g, o, i, *taps) at `ranks`: the closed form, then alternating least squares.
+
+    `sweeps` overrides the decomposition's own; `expansion` saves the work of expanding the weight again. Raises
+    PlanError for ranks that are not positive, not one per bond, or larger than of any use.
+    """
+    wiring = wiring_of(name, shape)
+    expansion = expansion or expand(name, weight, shape)
+    _check_ranks(name, wiring, shape, ranks, layer)
+    weight = weight.double()
+    rounds = sweeps if sweeps is not None else (decomposition(name).sweeps if shape.taps else 0)
+    factors = alternate(weight, wiring, expansion.factors(ranks), sweeps=rounds)
+    return balance(wiring, factors)
+
+
+def _check_ranks(name: str, wiring: Wiring, shape: LayerShape, ranks: Sequence[int], layer: str) -> None:
+    if len(ranks) != len(wiring.bonds):
+        bonds = ", ".join(wiring.bonds)
+        raise PlanError(f"{layer}: {name} takes {len(wiring.bonds)} ranks here (bonds {bonds}), not {len(ranks)}")
+    for bond, rank, largest in zip(wiring.bonds, ranks, wiring.largest_ranks(shape, ranks), strict=True):
+        if not 1 <= rank <= largest:
+            weight = (shape.outputs, shape.inputs, *shape.kernel)
+            raise PlanError(
+                f"{layer}: {name} rank {rank} on bond {bond} is not in 1…{largest}, the useful ones for weight {weight}; "
+                "change it, or leave it out to have it searched"
+            )

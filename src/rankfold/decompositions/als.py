@@ -1,0 +1,204 @@
+"""Contractions over a wiring's letters, and alternating least squares on its factors.
+
+Every wiring is linear in each of its factors, so one solver serves all: with the others fixed, the best factor solves
+the normal equations F·Γ = R, where R is the weight contracted with the others and Γ their Gram matrix over the bonds
+they share with F. Where the others fall into parts that share no bond (left and right of a train's factor), Γ is the
+Kronecker product of the parts' Gram matrices, and is applied part by part. Kolda and Bader, SIAM Review 51 (2009),
+sections 3.4 and 4.2; Kroonenberg and De Leeuw (1980) for the Tucker case.
+
+Contractions go pair by pair, smallest result first, so that the Khatri-Rao product of all other factors, which is as
+large as the weight times the rank, is never formed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from rankfold.decompositions.expansion import Factors
+from rankfold.wiring import TAPS, Wiring
+
+LARGEST_GRAM = 3072
+"""Side of the largest Gram matrix that is solved with (72 MB); a factor with a larger one keeps its start."""
+
+_RIDGE = 1e-12
+
+
+def weight_axes(wiring: Wiring) -> str:
+    """The letters of a weight that this wiring reproduces, in the order (o, i, taps)."""
+    return "oi" + "".join(axis for axis in TAPS if any(axis in factor for factor in wiring.factors))
+
+
+def reconstruct(wiring: Wiring, factors: Factors) -> Float64[Tensor, "g o i *taps"]:
+    """The weight that the factors stand for."""
+    return _contract(list(zip(wiring.factors, factors, strict=True)), weight_axes(wiring))
+
+
+def relative_error(weight: Float64[Tensor, "g o i *taps"], wiring: Wiring, factors: Factors) -> float:
+    """Squared relative Frobenius error, ‖W − Ŵ‖² / ‖W‖²; zero for a weight that is zero and reproduced."""
+    residual = float((weight - reconstruct(wiring, factors)).square().sum())
+    return residual / max(float(weight.square().sum()), 1e-300) if residual else 0.0
+
+
+def alternate(
+    weight: Float64[Tensor, "g o i *taps"], wiring: Wiring, factors: Factors, *, sweeps: int, tolerance: float = 1e-5
+) -> Factors:
+    """The factors after at most `sweeps` rounds of least squares over one factor at a time.
+
+    Stops when a round lowers the squared relative error by less than `tolerance` of itself. Never worse than the start.
+    """
+    current = list(factors)
+    total = float(weight.square().sum())
+    if total == 0:
+        return factors
+    best, error = factors, relative_error(weight, wiring, factors)
+    for _ in range(sweeps):
+        explained = 0.0
+        for position in range(len(current)):
+            solution, projection = _solve(weight, wiring, current, position)
+            if solution is None:
+                continue
+            current[position] = solution
+            explained = projection
+        lower = max(1.0 - explained / total, 0.0)
+        if not math.isfinite(lower) or lower >= error:
+            break
+        best, gain, error = tuple(current), error - lower, lower
+        if gain < tolerance * error:
+            break
+    return best
+
+
+def balance(wiring: Wiring, factors: Factors) -> Factors:
+    """The same weight with its scale shared out evenly, so that no factor overflows a narrow dtype.
+
+    A bond that every factor carries (as in CP) is balanced component by component, others as a whole.
+    """
+    common = [bond for bond in wiring.bonds if all(bond in factor for factor in wiring.factors)]
+    norms = []
+    for letters, factor in zip(wiring.factors, factors, strict=True):
+        summed = [1 + axis for axis, letter in enumerate(letters) if letter not in common]
+        norms.append(torch.linalg.vector_norm(factor, dim=summed, keepdim=True).clamp_min(1e-150))
+    flat = [norm.flatten(1) for norm in norms]  # (g, components): only the group and the common bonds are left
+    mean = torch.stack([norm.log() for norm in flat]).mean(0).exp()
+    return tuple(
+        factor * (mean / own).reshape(norm.shape) for factor, norm, own in zip(factors, norms, flat, strict=True)
+    )
+
+
+def _solve(
+    weight: Tensor, wiring: Wiring, factors: Sequence[Tensor], position: int
+) -> tuple[Tensor, float] | tuple[None, float]:
+    """The best factor at `position` with the others fixed, and its inner product with the right-hand side.
+
+    That product is the energy of the weight it explains. None where a Gram matrix is too large to solve with.
+    """
+    letters = wiring.factors[position]
+    others = [(wiring.factors[k], factor) for k, factor in enumerate(factors) if k != position]
+    solution = right = _contract([(weight_axes(wiring), weight), *others], letters)
+    for part in _connected(others):
+        joined = "".join(letter for letter, _ in part)
+        bonds = "".join(bond for bond in letters if bond.isupper() and bond in joined)
+        side = math.prod(right.shape[1 + letters.index(bond)] for bond in bonds)
+        if side > LARGEST_GRAM:
+            return None, 0.0
+        solution = _apply_inverse(_gram(part, bonds, side), solution, letters, bonds)
+    return solution, float((solution * right).sum())
+
+
+def _gram(part: Sequence[tuple[str, Tensor]], bonds: str, side: int) -> Float64[Tensor, "g n n"]:
+    """Gram matrix of a part of the network over its open `bonds`: the part contracted with itself."""
+    inner = {letter for letters, _ in part for letter in letters if letter.isupper()}
+    prime = {letter: chr(ord(letter) + 0x100) for letter in inner}
+    mirrored = [("".join(prime.get(letter, letter) for letter in letters), factor) for letters, factor in part]
+    opened = bonds + "".join(prime[bond] for bond in bonds)
+    gram = _contract([*part, *mirrored], opened)
+    return gram.reshape(len(gram), side, side)
+
+
+def _apply_inverse(gram: Tensor, right: Tensor, letters: str, bonds: str) -> Tensor:
+    """`right` with the inverse of `gram` applied along its axes `bonds`."""
+    rest = "".join(letter for letter in letters if letter not in bonds)
+    order = [1 + letters.index(letter) for letter in bonds + rest]
+    moved = right.permute(0, *order)
+    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-300)[:, None, None]
+    ridge = _RIDGE * scale * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    columns = moved.reshape(*gram.shape[:2], -1)
+    triangle, failed = torch.linalg.cholesky_ex(gram + ridge)
+    if failed.any():
+        solved = torch.linalg.lstsq(gram, columns, driver="gelsd" if gram.device.type == "cpu" else None).solution
+    else:
+        solved = torch.cholesky_solve(columns, triangle)
+    inverse = [order.index(axis) + 1 for axis in range(1, len(order) + 1)]
+    return solved.reshape(moved.shape).permute(0, *inverse)
+
+
+def _connected(network: Sequence[tuple[str, Tensor]]) -> list[list[tuple[str, Tensor]]]:
+    """The parts of a network that hang together by bonds."""
+    parts: list[list[tuple[str, Tensor]]] = []
+    for node in network:
+        bonds = {letter for letter in node[0] if letter.isupper()}
+        touching = [part for part in parts if any(bonds & set(letters) for letters, _ in part)]
+        parts = [part for part in parts if part not in touching]
+        parts.append([member for part in touching for member in part] + [node])
+    return parts
+
+
+def _contract(network: Sequence[tuple[str, Tensor]], result: str) -> Tensor:
+    """The network of lettered tensors summed over every letter not in `result`, pair by pair, smallest result first.
+
+    Every tensor has a leading group axis, which is kept.
+    """
+    nodes = list(network)
+    while len(nodes) > 1:
+        sizes = {letter: size for letters, t in nodes for letter, size in zip(letters, t.shape[1:], strict=True)}
+        choices = []
+        for a in range(len(nodes)):
+            for b in range(a + 1, len(nodes)):
+                kept = _kept(nodes, a, b, result)
+                shares = any(letter in nodes[b][0] for letter in nodes[a][0])
+                choices.append((not shares, math.prod(sizes[letter] for letter in kept), a, b, kept))
+        _, _, a, b, kept = min(choices)
+        merged = _pair(nodes[a], nodes[b], kept)
+        nodes = [node for k, node in enumerate(nodes) if k not in (a, b)] + [(kept, merged)]
+    return _einsum(nodes, result)
+
+
+def _kept(nodes: Sequence[tuple[str, Tensor]], a: int, b: int, result: str) -> str:
+    """The letters of two nodes that others, or the result, still need."""
+    needed = result + "".join(letters for k, (letters, _) in enumerate(nodes) if k not in (a, b))
+    return "".join(letter for letter in dict.fromkeys(nodes[a][0] + nodes[b][0]) if letter in needed)
+
+
+def _pair(left: tuple[str, Tensor], right: tuple[str, Tensor], kept: str) -> Tensor:
+    """Two lettered tensors contracted to the letters `kept`.
+
+    Where one has all letters of the other, or nothing is summed, a broadcast product is much faster than the batched
+    matrix products that einsum would make of the letters they share.
+    """
+    union = "".join(dict.fromkeys(left[0] + right[0]))
+    summed = [letter for letter in union if letter not in kept]
+    if summed and not (set(left[0]) <= set(right[0]) or set(right[0]) <= set(left[0])):
+        return _einsum([left, right], kept)
+    order = kept + "".join(summed)
+    product = _aligned(*left, order) * _aligned(*right, order)
+    return product.flatten(1 + len(kept)).sum(-1) if summed else product
+
+
+def _aligned(letters: str, tensor: Tensor, order: str) -> Tensor:
+    """The tensor with its axes in `order`, of size one where it lacks a letter."""
+    own = [letter for letter in order if letter in letters]
+    moved = tensor.permute(0, *(1 + letters.index(letter) for letter in own))
+    return moved[(slice(None), *(slice(None) if letter in letters else None for letter in order))]
+
+
+def _einsum(nodes: Sequence[tuple[str, Tensor]], result: str) -> Tensor:
+    """torch.einsum over any letters, with the group axis in front."""
+    names = {letter: chr(ord("b") + k) for k, letter in enumerate(dict.fromkeys("".join(n for n, _ in nodes)))}
+    spelled = [("a" + "".join(names[letter] for letter in letters)) for letters, _ in nodes]
+    output = "a" + "".join(names[letter] for letter in result)
+    return torch.einsum(f"{','.join(spelled)}->{output}", *(tensor for _, tensor in nodes))

@@ -1,0 +1,80 @@
+"""Tensor ring: a tensor train whose last factor is tied back to the first by one more bond, carried in the batch.
+
+Zhao et al., arXiv 1606.05535. For a given size of the carried bond A the weight's input basis (the leading left singular
+vectors, falling) is folded into A × B, component b·A + a, and what follows is a tensor train over B, the taps and
+outputs × A (the TR-SVD of that paper with its first split made explicit). A ring with A = 1 is a train; it is among the
+candidates, so that a ring is never worse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+from torch.nn import functional
+
+from rankfold.decompositions.expansion import Decomposition, Expansion, Factors, Grid, leading_basis, unfold
+from rankfold.decompositions.tt import Train
+from rankfold.wiring import TAPS, Wiring
+
+CARRIED = (1, 2, 4)
+"""Sizes of the carried bond that are candidates; `factors` takes any."""
+
+
+class RingExpansion(Expansion):
+    """The input basis, and a train for each size of the carried bond."""
+
+    def __init__(self, weight: Float64[Tensor, "g o i *taps"], wiring: Wiring, precise: bool) -> None:
+        self.wiring = wiring
+        self._precise = precise
+        axes = "oi" + "".join(axis for axis in TAPS if axis in "".join(wiring.factors))
+        _, self._inputs = leading_basis(unfold(weight, axes, "i"), precise)
+        self._core = torch.einsum("goi...,giA->gAo...", weight, self._inputs).movedim(2, -1)  # (g, a, taps, o)
+        self._trains: dict[int, Train] = {}
+
+    def grids(self) -> tuple[Grid, ...]:
+        grids = []
+        for carried in CARRIED:
+            if carried <= self._core.shape[1]:
+                train = self._train(carried).grid()
+                grids.append(Grid((np.array([carried]), *train.ranks), train.errors[None]))
+        return tuple(grids)
+
+    def max_ranks(self) -> tuple[int, ...]:
+        return 1, *self._train(1).max_ranks()
+
+    def factors(self, ranks: Sequence[int]) -> Factors:
+        carried, first, *_ = ranks
+        taps, outputs = self._train(carried).factors(ranks[1:])
+        basis = _fill(self._inputs, carried * first)[..., : carried * first]
+        groups, inputs = basis.shape[:2]
+        entry = basis.reshape(groups, inputs, first, carried).permute(0, 3, 1, 2)  # A i B
+        chain = [factor.permute(0, 2, 3, 1) for factor in taps]  # (in bond, tap, out bond)
+        outputs = outputs.reshape(groups, -1, carried, outputs.shape[-1]).permute(0, 3, 1, 2)  # D o A
+        return entry, *chain, outputs
+
+    def _train(self, carried: int) -> Train:
+        """The train of the weight with the carried bond split off the inputs' axis and joined to the outputs'."""
+        if carried not in self._trains:
+            folds = -(-self._core.shape[1] // carried)
+            core = _fill(self._core.movedim(1, -1), folds * carried)
+            split = core.reshape(*core.shape[:-1], folds, carried).movedim(-2, 1)  # (g, b, taps, o, a)
+            self._trains[carried] = Train(split.flatten(-2), self._precise)
+        return self._trains[carried]
+
+
+def _fill(tensor: Tensor, size: int) -> Tensor:
+    """The tensor with zeros behind its last axis, up to `size`."""
+    return functional.pad(tensor, (0, max(0, size - tensor.shape[-1])))
+
+
+def _wiring(taps: str) -> Wiring:
+    bonds = "ABCDE"[: len(taps) + 2]
+    chain = [f"{bonds[k + 1]}{axis}{bonds[k + 2]}" for k, axis in enumerate(taps)]
+    return Wiring(("AiB", *chain, f"{bonds[-1]}oA"))
+
+
+RING = Decomposition(name="ring", wiring=_wiring, expand=RingExpansion, sweeps=10)

@@ -1,0 +1,331 @@
+"""A network as rankfold sees it: the layers it can decompose, the reasons for those it cannot, what it costs, and the
+surgery that turns a plan into a model."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
+
+from rankfold.budget import Cost
+from rankfold.decompositions import fit, relative_error, wiring_of
+from rankfold.errors import ModelError, PlanError, UnknownNameError
+from rankfold.layers import FLOATS, LAYER_KINDS, factorised, shape_of, stage_weights, weight_of
+from rankfold.plan import LayerPlan, LayerSpec, Plan
+from rankfold.wiring import Call
+
+Inputs = Any
+"""Example inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how many steps are done, and how many there are."""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """A progress report that nobody reads."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a network that can be decomposed, and why the other weight-carrying ones cannot."""
+
+    found: tuple[LayerSpec, ...]
+    skipped: Mapping[str, str]
+
+
+def run(model: nn.Module, inputs: Inputs) -> Any:
+    """The model's output on example inputs, without gradients, in evaluation mode; its mode is restored."""
+    with evaluating(model), torch.no_grad():
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        if isinstance(inputs, (tuple, list)):
+            return model(*inputs)
+        return model(inputs)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; every submodule gets its own mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises ModelError for a network without parameters, or with weights that are missing or not finite."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if not any(True for _ in model.parameters()):
+        raise ModelError(f"the model ({type(model).__name__}) has no parameters; there is nothing to compress")
+    for name, tensor in tensors:
+        if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+            raise ModelError(f"{name}: the parameter is not initialised yet; run the model once before compressing it")
+        if tensor.is_meta:
+            raise ModelError(f"{name}: the tensor is on the meta device and has no values; load the weights first")
+        if (tensor.is_floating_point() or tensor.is_complex()) and not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            raise ModelError(f"{name}: {count} of {tensor.numel()} entries are NaN or infinite; use a sound checkpoint")
+
+
+def cost_of(model: nn.Module, inputs: Inputs) -> Cost:
+    """What a network costs: parameters, MACs of one pass over `inputs`, bytes of its state; shared tensors once.
+
+    MACs are half of what `torch.utils.flop_counter` counts: convolutions and every matrix product, attention included.
+    Raises ModelError where the model does not run on the inputs.
+    """
+    counter = FlopCounterMode(display=False)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer hides its products from the counter
+    try:
+        with counter:
+            run(model, inputs)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"the model does not run on example inputs {describe_inputs(inputs)}: {reason}") from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    params = sum(parameter.numel() for parameter in model.parameters())
+    state = {(t.data_ptr(), t.shape): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    return Cost(params, int(counter.get_total_flops()) // 2, size)
+
+
+def describe_inputs(inputs: Inputs) -> str:
+    """Shapes and dtypes of example inputs in words."""
+    if isinstance(inputs, Tensor):
+        return f"{tuple(inputs.shape)} {str(inputs.dtype).removeprefix('torch.')}"
+    if isinstance(inputs, Mapping):
+        return "{" + ", ".join(f"{name}: {describe_inputs(value)}" for name, value in inputs.items()) + "}"
+    if isinstance(inputs, (tuple, list)):
+        return "(" + ", ".join(map(describe_inputs, inputs)) + ")"
+    return type(inputs).__name__
+
+
+def find_layers(
+    model: nn.Module, inputs: Inputs, *, include: Sequence[str] | None = None, exclude: Sequence[str] = ()
+) -> Layers:
+    """Every layer that can be decomposed, with the calls it serves, and the reason for every one that cannot.
+
+    `include` and `exclude` are glob patterns over qualified names; a name also matches the modules inside it. Raises
+    UnknownNameError for a pattern that matches no weight-carrying layer.
+    """
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    carriers = {module: module_names for module, module_names in names.items() if _carries_weight(module)}
+    everything = [name for module_names in carriers.values() for name in module_names]
+    for label, patterns in (("include pattern", include or ()), ("exclude pattern", exclude)):
+        for pattern in patterns:
+            if not any(matches(name, pattern) for name in everything):
+                raise UnknownNameError(label, pattern, everything)
+
+    skipped: dict[str, str] = {}
+    candidates: list[nn.Module] = []
+    for module, module_names in carriers.items():
+        reason = _unfit(module) or _unwanted(module_names, include, exclude)
+        if reason:
+            skipped[module_names[0]] = reason
+        else:
+            candidates.append(module)
+    calls = _record_calls(model, inputs, candidates)
+    found = []
+    for group in _tied(candidates):
+        reason = _untied_user(model, group, names) or ("" if any(calls[m] for m in group) else _NEVER_CALLED)
+        group_names = [name for module in group for name in carriers[module]]
+        if reason:
+            skipped.update(dict.fromkeys((carriers[module][0] for module in group), reason))
+            continue
+        served = tuple(call for module in group for call in calls[module])
+        weight = cast(Tensor, group[0].weight)
+        found.append(
+            LayerSpec(
+                name=group_names[0],
+                kind=type(group[0]).__name__,
+                shape=replace(shape_of(group[0]), calls=served),
+                dtype=str(weight.dtype).removeprefix("torch."),
+                itemsize=weight.element_size(),
+                weight=tuple(weight.shape),
+                aliases=tuple(group_names[1:]),
+            )
+        )
+    return Layers(tuple(found), skipped)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a qualified name fits a glob pattern, or lies inside a module that does."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
+
+
+def apply_plan(model: nn.Module, plan: Plan, *, progress: Progress = silent) -> tuple[nn.Module, Plan]:
+    """A copy of the model with the plan's layers factorised, and the plan with the errors that were reached.
+
+    The original is untouched. Raises PlanError where the plan does not fit the model.
+    """
+    student = duplicate(model)
+    reached = []
+    todo = len(plan.decomposed)
+    for layer in plan.layers:
+        if layer.decomposition is None:
+            reached.append(layer)
+            continue
+        progress("fitting factors", len([r for r in reached if r.decomposition]), todo)
+        module = _submodule(student, layer)
+        shape = shape_of(module)
+        wiring = wiring_of(layer.decomposition, shape)
+        weight = weight_of(module)
+        factors = fit(layer.decomposition, weight, shape, layer.ranks, layer=layer.name)
+        dtype = weight.dtype
+        stored = tuple(factor.to(dtype).double() for factor in factors)
+        swap_(student, layer, factors)
+        reached.append(replace(layer, error=relative_error(weight.double(), wiring, stored)))
+    progress("fitting factors", todo, todo)
+    return student, plan.with_layers(tuple(reached))
+
+
+def rebuild_(model: nn.Module, plan: Plan) -> None:
+    """Puts the plan's factorised modules, with uninitialised weights, into a freshly built model, in place.
+
+    Raises PlanError where the plan does not fit the model.
+    """
+    for layer in plan.decomposed:
+        module = _submodule(model, layer)
+        shape = shape_of(module)
+        wiring = wiring_of(cast(str, layer.decomposition), shape)
+        if len(layer.ranks) != len(wiring.bonds) or min(layer.ranks) < 1:
+            raise PlanError(f"{layer.name}: ranks {layer.ranks} do not fit {layer.decomposition}, bonds {wiring.bonds}")
+        sizes = cast(dict[str, int], wiring.sizes(shape, list(layer.ranks)))
+        shapes = [wiring.factor_shape(position, sizes) for position in range(len(wiring.factors))]
+        swap_(model, layer, tuple(torch.empty(shape.groups, *size) for size in shapes))
+
+
+def swap_(model: nn.Module, layer: LayerPlan, factors: tuple[Tensor, ...]) -> None:
+    """Replaces a layer, at all its names, by stages around one set of factors, in place."""
+    name = cast(str, layer.decomposition)
+    weights: list[nn.Parameter] = []
+    replaced: dict[nn.Module, nn.Sequential] = {}
+    for path in (layer.name, *layer.aliases):
+        module = model.get_submodule(path)
+        if module not in replaced:
+            wiring = wiring_of(name, shape_of(module))
+            weights = weights or stage_weights(module, wiring, factors)
+            replaced[module] = factorised(module, wiring, layer.ranks, weights)
+        parent_path, _, attribute = path.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        setattr(parent, attribute, replaced[module])
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            parent.activation_relu_or_gelu = 0  # its fused path would read the weight of the layer that is gone
+
+
+def duplicate(model: nn.Module) -> nn.Module:
+    """A deep copy; raises ModelError where the model does not allow one."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ModelError(f"the model cannot be copied ({error}); build it anew, without hooks or open graphs") from error
+
+
+_NEVER_CALLED = "never called on the example inputs, so its cost is unknown"
+
+
+def _carries_weight(module: nn.Module) -> bool:
+    """Whether a module itself owns a parameter that is at least a matrix."""
+    if type(module) in LAYER_KINDS or isinstance(module, tuple(LAYER_KINDS)):
+        return True
+    return any(parameter is not None and parameter.ndim >= 2 for parameter in module._parameters.values())
+
+
+def _unfit(module: nn.Module) -> str:
+    """Why a weight-carrying module cannot be decomposed; empty where it can."""
+    kind = type(module).__name__
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrised; call torch.nn.utils.parametrize.remove_parametrizations first"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads this weight itself, past the layer"
+    if type(module) not in LAYER_KINDS:
+        base = next((known.__name__ for known in LAYER_KINDS if isinstance(module, known)), None)
+        if base:
+            return f"{kind} is a subclass of {base} and may compute something else"
+        return f"{kind} is not a kind of layer that is decomposed"
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed, not a parameter; remove the weight normalisation first"
+    if cast(Tensor, module.weight).dtype not in FLOATS:
+        return f"its dtype {cast(Tensor, module.weight).dtype} is not a real floating one"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return "it has hooks, which would be lost"
+    return ""
+
+
+def _unwanted(names: Sequence[str], include: Sequence[str] | None, exclude: Sequence[str]) -> str:
+    if any(matches(name, pattern) for name in names for pattern in exclude):
+        return "excluded"
+    if include is not None and not any(matches(name, pattern) for name in names for pattern in include):
+        return "not included"
+    return ""
+
+
+def _record_calls(model: nn.Module, inputs: Inputs, modules: Sequence[nn.Module]) -> dict[nn.Module, list[Call]]:
+    """For each module the sizes it was called with in one pass over the inputs."""
+    calls: dict[nn.Module, list[Call]] = {module: [] for module in modules}
+
+    def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        axes = LAYER_KINDS[type(module)].axes
+        given = tuple(args[0].shape) if args else ()
+        if axes == 0:
+            calls[module].append(Call(batch=output[..., 0].numel()))
+        else:
+            batch = given[0] if len(given) == axes + 2 else 1
+            calls[module].append(Call(batch, given[-axes:], tuple(output.shape[-axes:])))
+
+    handles = [module.register_forward_hook(record) for module in modules]
+    try:
+        run(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _tied(modules: Sequence[nn.Module]) -> list[list[nn.Module]]:
+    """Modules in groups that use one and the same weight."""
+    groups: dict[int, list[nn.Module]] = {}
+    for module in modules:
+        groups.setdefault(id(module.weight), []).append(module)
+    return list(groups.values())
+
+
+def _untied_user(model: nn.Module, group: Sequence[nn.Module], names: Mapping[nn.Module, Sequence[str]]) -> str:
+    """Why a tied weight must stay whole: something that is not a decomposed layer of the same form uses it too."""
+    weight = group[0].weight
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is weight and not (module in group and attribute == "weight"):
+                return f"its weight is tied to {names[module][0]} ({type(module).__name__}), which stays as it is"
+    if len({(type(module), shape_of(module)) for module in group}) > 1:
+        return "its weight is shared by layers of different kinds"
+    return ""
+
+
+def _submodule(model: nn.Module, layer: LayerPlan) -> nn.Module:
+    """The module a plan's layer names; raises PlanError where there is none of its kind and shape."""
+    for path in (layer.name, *layer.aliases):
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            raise PlanError(f"the plan does not fit the model: it has no layer {path!r}") from None
+        if type(module).__name__ != layer.kind or type(module) not in LAYER_KINDS:
+            raise PlanError(f"{path}: the plan says {layer.kind}, the model has {type(module).__name__}")
+        weight = tuple(cast(Tensor, module.weight).shape)
+        if weight != layer.weight:
+            raise PlanError(f"{path}: the plan says weight {layer.weight}, the model has {weight}")
+    return model.get_submodule(layer.name)

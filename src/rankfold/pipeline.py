@@ -1,0 +1,212 @@
+"""The whole flow, top to bottom: a network and a budget in, a smaller network and the plan that made it out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+
+from torch import nn
+
+from rankfold.budget import UNITS, Budget, Cost
+from rankfold.curves import Curve, measure_layer, smallest_form
+from rankfold.decompositions import DECOMPOSITIONS, decomposition as known_decomposition
+from rankfold.errors import ModelError, RankfoldError, UnknownNameError
+from rankfold.layers import weight_of
+from rankfold.network import Inputs, Layers, Progress, apply_plan, check_model, cost_of, find_layers, matches, run, silent
+from rankfold.plan import LayerPlan, LayerSpec, Plan
+from rankfold.search import Problem, Selection, search as known_search
+
+Decompositions = str | Sequence[str] | Mapping[str, str | Sequence[str]]
+"""A name, several to choose from layer by layer, "auto" for all, or a mapping from name patterns to any of these."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A compressed network and what was done to it.
+
+    `before` and `after` are costs of the whole network, `seconds` the wall time of the compression; the plan holds the
+    same layer by layer.
+    """
+
+    model: nn.Module
+    plan: Plan
+    seconds: float
+
+    @property
+    def before(self) -> Cost:
+        """Cost of the original network."""
+        return self.plan.before
+
+    @property
+    def after(self) -> Cost:
+        """Cost of the compressed network, measured on it."""
+        return self.plan.after
+
+
+def compress(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    decomposition: Decompositions = "tucker",
+    budget: Budget,
+    search: str = "exact",
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    progress: Progress = silent,
+) -> Result:
+    """A smaller network within `budget`, with a rank chosen for every layer; `model` is left untouched.
+
+    `example_inputs` is a tensor, a tuple of positional or a dict of keyword arguments; MACs are counted for one pass
+    over them, so give a batch of one to read them per example. `include` and `exclude` are glob patterns over layer
+    names. The result is never over budget and no layer is larger, in the budget's units, than it was. Deterministic:
+    the same network and settings give the same plan. Raises a RankfoldError that says what to change.
+    """
+    start = time.perf_counter()
+    check_model(model)
+    before = cost_of(model, example_inputs)
+    layers = find_layers(model, example_inputs, include=include, exclude=exclude)
+    choices, layers = assign(layers, decomposition)
+    curves = measure(model, layers, choices, units=tuple(budget.given), progress=progress)
+    plan = make_plan(curves, layers, before, budget=budget, search=search)
+    plan = replace(plan, settings={**plan.settings, "decomposition": _as_json(decomposition)})
+    student, plan = apply_plan(model, plan, progress=progress)
+    measured = _verified_cost(model, student, plan, example_inputs)
+    if measured != plan.after:
+        raise RankfoldError(f"the plan predicts {plan.after}, the compressed model has {measured}: please report this")
+    return Result(student, plan, time.perf_counter() - start)
+
+
+def assign(layers: Layers, decomposition: Decompositions) -> tuple[dict[str, tuple[str, ...]], Layers]:
+    """The decompositions each layer may take, and the layers with those that may take none moved to the skipped ones.
+
+    Raises UnknownNameError for an unknown decomposition or a pattern that matches no layer.
+    """
+    if not isinstance(decomposition, Mapping):
+        names = _names(decomposition)
+        choices = {layer.name: names for layer in layers.found}
+    else:
+        everything = [name for layer in layers.found for name in (layer.name, *layer.aliases)]
+        for pattern in decomposition:
+            if not any(matches(name, pattern) for name in everything):
+                raise UnknownNameError("decomposition pattern", pattern, everything)
+        choices = {
+            layer.name: _names(given)
+            for layer in layers.found
+            for given in [_first_match(layer, decomposition)]
+            if given is not None
+        }
+    found = tuple(layer for layer in layers.found if layer.name in choices)
+    skipped = {layer.name: "no pattern of the decompositions matches it" for layer in layers.found if layer not in found}
+    if not found:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in {**layers.skipped, **skipped}.items())
+        raise ModelError(f"the model has no layer to decompose ({reasons or 'it has no weight matrices'})")
+    return choices, Layers(found, {**layers.skipped, **skipped})
+
+
+def measure(
+    model: nn.Module,
+    layers: Layers,
+    choices: Mapping[str, Sequence[str]],
+    *,
+    units: Sequence[str] = UNITS,
+    progress: Progress = silent,
+) -> tuple[Curve, ...]:
+    """Error and cost per rank for every layer and every decomposition it may take."""
+    curves = []
+    for done, layer in enumerate(layers.found):
+        progress("measuring layers", done, len(layers.found))
+        weight = weight_of(model.get_submodule(layer.name))
+        curves.append(measure_layer(layer, weight, choices[layer.name], units=units))
+    progress("measuring layers", len(layers.found), len(layers.found))
+    return tuple(curves)
+
+
+def make_plan(
+    curves: Sequence[Curve], layers: Layers, before: Cost, *, budget: Budget, search: str = "exact"
+) -> Plan:
+    """The plan a search finds within the budget; raises BudgetError, with the smallest feasible one, if there is none."""
+    dense = reduce(Cost.__add__, (curve.layer.dense for curve in curves), Cost(0, 0, 0))
+    fixed = before - dense
+    useful = tuple(curve for curve in curves if len(curve) > 1)
+    kept_whole = reduce(Cost.__add__, (curve.layer.dense for curve in curves if len(curve) == 1), Cost(0, 0, 0))
+    problem = Problem(useful, budget.limits(before), fixed + kept_whole, before)
+    selection = known_search(search)(problem)
+    planned = tuple(_planned(curve, k) for curve, k in zip(useful, selection.choices, strict=True))
+    after = reduce(Cost.__add__, (layer.after for layer in planned), problem.fixed)
+    settings = {
+        "search": search,
+        "budget": dict(budget.given),
+        "metric": "frobenius",
+        "objective": selection.objective,
+        "bound": selection.bound,
+    }
+    hopeless = {curve.layer.name: no_gain(curve) for curve in curves if len(curve) == 1}
+    return Plan(planned, {**layers.skipped, **hopeless}, before, after, settings)
+
+
+def no_gain(curve: Curve) -> str:
+    """Why a layer has no candidate but itself, in words."""
+    forms = "; ".join(dict.fromkeys(smallest_form(curve.layer, name) for name in curve.tried))
+    return f"no rank makes it smaller: {forms}"
+
+
+def _planned(curve: Curve, choice: int) -> LayerPlan:
+    """The plan's entry for a curve's chosen candidate."""
+    layer = curve.layer
+    params, macs = int(curve.costs["params"][choice]), int(curve.costs["macs"][choice])
+    return LayerPlan(
+        name=layer.name,
+        kind=layer.kind,
+        weight=layer.weight,
+        decomposition=curve.methods[choice],
+        ranks=curve.ranks[choice],
+        before=layer.dense,
+        after=layer.cost(params, macs),
+        aliases=layer.aliases,
+        predicted_error=float(curve.errors[choice]),
+    )
+
+
+def _verified_cost(model: nn.Module, student: nn.Module, plan: Plan, inputs: Inputs) -> Cost:
+    """The student's measured cost; raises ModelError naming the layers that the model does not let be replaced."""
+    try:
+        return cost_of(student, inputs)
+    except ModelError as error:
+        broken = []
+        for layer in plan.decomposed:
+            alone, _ = apply_plan(model, plan.with_layers((layer,)))
+            try:
+                run(alone, inputs)
+            except Exception:
+                broken.append(layer.name)
+        raise ModelError(
+            f"the compressed model does not run ({error.__cause__}); the model reaches into these layers instead of "
+            f"calling them: {', '.join(broken) or 'several together'}; exclude them"
+        ) from error
+
+
+def _names(given: str | Sequence[str]) -> tuple[str, ...]:
+    """The decompositions a user's choice stands for."""
+    if given == "auto":
+        return tuple(DECOMPOSITIONS)
+    names = (given,) if isinstance(given, str) else tuple(given)
+    if not names:
+        raise ModelError(f"no decomposition given; name one of {', '.join(DECOMPOSITIONS)}, or 'auto'")
+    return tuple(known_decomposition(name).name for name in names)
+
+
+def _first_match(layer: LayerSpec, mapping: Mapping[str, str | Sequence[str]]) -> str | Sequence[str] | None:
+    """What the first pattern that matches a layer gives it."""
+    for pattern, given in mapping.items():
+        if any(matches(name, pattern) for name in (layer.name, *layer.aliases)):
+            return given
+    return None
+
+
+def _as_json(decomposition: Decompositions) -> str | list[str] | dict[str, str | list[str]]:
+    """A user's choice of decompositions in JSON's types."""
+    if isinstance(decomposition, Mapping):
+        return {pattern: given if isinstance(given, str) else list(given) for pattern, given in decomposition.items()}
+    return decomposition if isinstance(decomposition, str) else list(decomposition)

@@ -1,0 +1,156 @@
+"""The plan: for every layer its decomposition and ranks, or why it was left alone.
+
+Frozen records and their JSON form, version 1. This is the one language that all stages speak; it can be read, edited
+and costed without torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rankfold.budget import Cost
+from rankfold.errors import PlanError
+from rankfold.wiring import LayerShape
+
+FORMAT = "rankfold-plan"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """A layer that can be decomposed, as found in a network; `weight` is the weight's shape as the module has it.
+
+    `aliases` are the other qualified names at which the same weight is used (a shared module, or a tied weight): they
+    are replaced together with `name` and share its factors.
+    """
+
+    name: str
+    kind: str
+    shape: LayerShape
+    dtype: str
+    itemsize: int
+    weight: tuple[int, ...]
+    aliases: tuple[str, ...] = ()
+
+    def cost(self, params: int, macs: int) -> Cost:
+        """The layer's cost at so many weight entries and MACs; biases never change and are left out."""
+        return Cost(params, macs, params * self.itemsize)
+
+    @property
+    def dense(self) -> Cost:
+        """Cost of the layer as it is."""
+        return self.cost(self.shape.params, self.shape.macs)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one layer: a decomposition with a rank per bond, or `decomposition=None`, kept dense.
+
+    `predicted_error` is the squared relative error the search saw, `error` that of the factors in the model, both in
+    the metric of the plan; costs are the weight's alone.
+    """
+
+    name: str
+    kind: str
+    weight: tuple[int, ...]
+    decomposition: str | None
+    ranks: tuple[int, ...]
+    before: Cost
+    after: Cost
+    aliases: tuple[str, ...] = ()
+    predicted_error: float = 0.0
+    error: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole network's plan.
+
+    `skipped` maps each weight-carrying layer that was not considered to the reason. `settings` says how the plan came
+    about (search, budget, decompositions, objective and bound); `source` where the network came from, when it is known.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    skipped: Mapping[str, str]
+    before: Cost
+    after: Cost
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def decomposed(self) -> tuple[LayerPlan, ...]:
+        """The layers that are replaced by factors."""
+        return tuple(layer for layer in self.layers if layer.decomposition is not None)
+
+    def with_layers(self, layers: tuple[LayerPlan, ...]) -> Plan:
+        """The same plan with other layer entries."""
+        return replace(self, layers=layers)
+
+    def to_json(self) -> str:
+        """The plan as JSON text, closed by a checksum over its content."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "before": vars(self.before),
+            "after": vars(self.after),
+            "settings": dict(self.settings),
+            "source": dict(self.source),
+            "layers": [_layer_to_dict(layer) for layer in self.layers],
+            "skipped": dict(self.skipped),
+        }
+        return json.dumps({**content, "sha256": _digest(content)}, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan in `text`. Raises PlanError for anything but a complete, unaltered plan of a known version."""
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise PlanError(f"the plan is not complete JSON ({error}); it was cut off or edited by hand") from None
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise PlanError(f"this is not a plan: its 'format' is not {FORMAT!r}")
+        if content.get("version") != VERSION:
+            raise PlanError(
+                f"the plan has version {content.get('version')!r}, this rankfold reads {VERSION}; "
+                "use the rankfold that wrote it, or compress again"
+            )
+        digest = content.pop("sha256", None)
+        if digest != _digest(content):
+            raise PlanError("the plan's checksum does not match its content: it was altered after it was written")
+        try:
+            return cls(
+                layers=tuple(_layer_from_dict(layer) for layer in content["layers"]),
+                skipped=dict(content["skipped"]),
+                before=Cost(**content["before"]),
+                after=Cost(**content["after"]),
+                settings=content["settings"],
+                source=content["source"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"the plan lacks or misspells a field: {error!r}") from None
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _layer_to_dict(layer: LayerPlan) -> dict[str, Any]:
+    return {**vars(layer), "before": vars(layer.before), "after": vars(layer.after)}
+
+
+def _layer_from_dict(entry: Mapping[str, Any]) -> LayerPlan:
+    return LayerPlan(
+        **{
+            **entry,
+            "weight": tuple(int(size) for size in entry["weight"]),
+            "ranks": tuple(int(rank) for rank in entry["ranks"]),
+            "aliases": tuple(entry["aliases"]),
+            "before": Cost(**entry["before"]),
+            "after": Cost(**entry["after"]),
+        }
+    )

@@ -1,0 +1,104 @@
+"""The best plan there is: a multiple-choice knapsack, solved as a mixed-integer linear programme and proven optimal.
+
+Minimise Σ errors over one candidate per layer, subject to the limits (Kellerer, Pferschy and Pisinger, Knapsack
+Problems, 2004, chapter 11). The linear relaxation prices the units; a candidate whose reduced cost exceeds the gap
+between a plan at hand and the relaxation cannot be part of a better one. Of the tens of thousands of candidates that a
+real network has, a few dozen per layer survive, and on them the integer programme is quick.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import scipy.optimize
+
+from rankfold.curves import Curve, FloatArray
+from rankfold.errors import BudgetError
+from rankfold.search.problem import Problem, Selection, check_feasible, costs_of, membership
+
+START = 24
+"""Candidates per layer in the first integer programme: those of least reduced cost."""
+GAP = 1e-6
+"""Relative gap to the bound at which the solver may stop."""
+TIME_LIMIT = 60.0
+"""Seconds for one integer programme; a plan cut off there is valid, and its bound says how far from optimal it can be."""
+
+
+def exact(problem: Problem) -> Selection:
+    """The plan of least total error within the limits, with a lower bound that proves it."""
+    check_feasible(problem)
+    if not problem.curves:
+        return Selection((), 0.0, 0.0)
+    bound, reduced = _relax(problem)
+    kept = [np.sort(np.argsort(part, kind="stable")[:START]) for part in reduced]
+    best = _solve(problem, kept)
+    while True:
+        gap = (best.objective if best else np.inf) - bound
+        wider = [np.flatnonzero(part <= gap * (1 + 1e-9) + 1e-12) for part in reduced]
+        if best and all(np.isin(more, have).all() for more, have in zip(wider, kept, strict=True)):
+            return replace(best, bound=max(bound, min(best.bound or bound, best.objective)))
+        kept = [np.union1d(more, have) for more, have in zip(wider, kept, strict=True)]
+        found = _solve(problem, kept)
+        if found is None:
+            raise BudgetError("the solver found no plan within its time limit; loosen the budget or use search='uniform'")
+        best = found if best is None or found.objective <= best.objective else replace(best, bound=found.bound)
+
+
+def _relax(problem: Problem) -> tuple[float, list[FloatArray]]:
+    """Objective of the linear relaxation, and every candidate's reduced cost, per curve."""
+    errors = np.concatenate([curve.errors for curve in problem.curves])
+    shares = np.array([costs_of(problem.curves, unit) / max(problem.room(unit), 1) for unit in problem.units])
+    result = scipy.optimize.linprog(
+        errors,
+        A_ub=shares,
+        b_ub=np.ones(len(shares)),
+        A_eq=membership(problem.curves),
+        b_eq=np.ones(len(problem.curves)),
+        bounds=(0, None),
+        method="highs",
+    )
+    if result.status != 0:
+        raise BudgetError(f"the linear relaxation of the budget was not solved: {result.message}")
+    sizes = [len(curve) for curve in problem.curves]
+    priced = errors - result.ineqlin.marginals @ shares - np.repeat(result.eqlin.marginals, sizes)
+    return float(result.fun), np.split(np.maximum(priced, 0.0), np.cumsum(sizes)[:-1])
+
+
+def _solve(problem: Problem, kept: list[np.ndarray]) -> Selection | None:
+    """The best plan that uses the `kept` candidates alone; None where there is none.
+
+    The solver's constraints hold to a tolerance, a budget holds exactly: limits are tightened until they do.
+    """
+    curves = [_subset(curve, chosen) for curve, chosen in zip(problem.curves, kept, strict=True)]
+    errors = np.concatenate([curve.errors for curve in curves])
+    shares = np.array([costs_of(curves, unit) / max(problem.room(unit), 1) for unit in problem.units])
+    for slack in (0.0, 1e-9, 1e-7, 1e-6, 1e-5):
+        result = scipy.optimize.milp(
+            errors,
+            constraints=[
+                scipy.optimize.LinearConstraint(membership(curves), 1, 1),
+                scipy.optimize.LinearConstraint(shares, -np.inf, 1.0 - slack),
+            ],
+            integrality=np.ones(len(errors)),
+            bounds=scipy.optimize.Bounds(0, 1),
+            options={"mip_rel_gap": GAP, "time_limit": TIME_LIMIT},
+        )
+        if result.x is None:
+            return None
+        parts = np.split(result.x, np.cumsum([len(curve) for curve in curves])[:-1])
+        choices = tuple(int(chosen[part.argmax()]) for part, chosen in zip(parts, kept, strict=True))
+        if problem.fits(choices):
+            return Selection(choices, problem.objective(choices), float(result.mip_dual_bound))
+    return None
+
+
+def _subset(curve: Curve, chosen: np.ndarray) -> Curve:
+    """The curve with the chosen candidates alone."""
+    return replace(
+        curve,
+        methods=tuple(curve.methods[k] for k in chosen),
+        ranks=tuple(curve.ranks[k] for k in chosen),
+        errors=curve.errors[chosen],
+        costs={unit: cost[chosen] for unit, cost in curve.costs.items()},
+    )
