@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -59,8 +59,8 @@ def measure_layer(
 ) -> Curve:
     """The candidates of a layer among the decompositions `names`, none of them larger than the layer in any of `units`.
 
-    Errors are squared relative Frobenius errors of the closed form; where a decomposition asks for it (CP), of the form
-    fitted at a few ranks and interpolated between them.
+    Errors are squared relative Frobenius errors of the closed form; where that is far from the best (`knots`), of the
+    form fitted at a few candidates and interpolated between them.
     """
     parts = []
     seen = set()
@@ -70,10 +70,8 @@ def measure_layer(
             continue
         seen.add(wiring)
         expansion = expand(name, weight, layer.shape)
-        grids = expansion.grids()
-        if DECOMPOSITIONS[name].knots and layer.shape.taps:
-            grids = tuple(_fitted(grid, name, weight, expansion) for grid in grids)
-        parts.extend(_candidates(name, layer, grid, units) for grid in grids)
+        candidates = _joined([_candidates(name, layer, grid, units) for grid in expansion.grids()], units)
+        parts.append(_fitted(candidates, weight, expansion) if layer.shape.taps else candidates)
     return _merged(layer, tuple(names), parts, units)
 
 
@@ -169,19 +167,34 @@ def _merged(
     )
 
 
-def _fitted(grid: Grid, name: str, weight: Tensor, expansion: Expansion) -> Grid:
-    """The grid of a one-bond decomposition with its errors scaled to what alternating least squares reaches.
+def _joined(parts: Sequence[_Candidates], units: Sequence[str]) -> _Candidates:
+    """The candidates of several grids of one decomposition, pruned together."""
+    errors = np.concatenate([part.errors for part in parts])
+    costs = {unit: np.concatenate([part.costs[unit] for part in parts]) for unit in UNITS}
+    front = pareto(errors, [costs[unit] for unit in units])
+    ranks = np.concatenate([part.ranks for part in parts])[front]
+    return _Candidates(parts[0].name, ranks, errors[front], {unit: cost[front] for unit, cost in costs.items()})
 
-    The ratio of fitted to closed-form error is measured at a few ranks and interpolated over the rank's logarithm.
+
+def _fitted(candidates: _Candidates, weight: Tensor, expansion: Expansion) -> _Candidates:
+    """The candidates with their errors scaled to what alternating least squares makes of the closed form.
+
+    The ratio is measured at a few candidates, from a sixteenth to three quarters of the largest, and interpolated over
+    the logarithm of the parameters.
     """
-    method = DECOMPOSITIONS[name]
-    (ranks,) = grid.ranks
-    fractions = np.geomspace(1 / 16, 0.75, method.knots)
-    knots = np.unique(np.clip((fractions * ranks[-1]).round().astype(np.int64), 1, ranks[-1]))
+    method = DECOMPOSITIONS[candidates.name]
+    if not method.knots or not len(candidates.errors):
+        return candidates
+    size = np.log(candidates.costs["params"])
+    targets = size.max() + np.log(np.geomspace(1 / 16, 3 / 4, method.knots))
+    knots = np.unique([int(np.abs(size - target).argmin()) for target in targets])
+    exact_weight = weight.double()
     ratios = []
     for knot in knots:
-        factors = alternate(weight.double(), expansion.wiring, expansion.factors([int(knot)]), sweeps=method.sweeps)
-        reached = relative_error(weight.double(), expansion.wiring, factors)
-        ratios.append(reached / max(grid.errors[knot - 1], 1e-300))
-    scale = np.interp(np.log(ranks), np.log(knots), np.minimum(ratios, 1.0))
-    return Grid(grid.ranks, np.minimum.accumulate(grid.errors * scale))
+        factors = expansion.factors([int(rank) for rank in candidates.ranks[knot]])
+        factors = alternate(exact_weight, expansion.wiring, factors, sweeps=method.sweeps // 2)
+        reached = relative_error(exact_weight, expansion.wiring, factors)
+        ratios.append(min(reached / max(candidates.errors[knot], 1e-300), 1.0))
+    order = np.argsort(size[knots])
+    scale = np.interp(size, size[knots][order], np.array(ratios)[order])
+    return replace(candidates, errors=candidates.errors * scale)

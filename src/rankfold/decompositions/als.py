@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float64
@@ -45,32 +46,35 @@ def relative_error(weight: Float64[Tensor, "g o i *taps"], wiring: Wiring, facto
 
 
 def alternate(
-    weight: Float64[Tensor, "g o i *taps"], wiring: Wiring, factors: Factors, *, sweeps: int, tolerance: float = 1e-5
+    weight: Float64[Tensor, "g o i *taps"], wiring: Wiring, factors: Factors, *, sweeps: int, tolerance: float = 1e-4
 ) -> Factors:
     """The factors after at most `sweeps` rounds of least squares over one factor at a time.
 
-    Stops when a round lowers the squared relative error by less than `tolerance` of itself. Never worse than the start.
+    Each round starts from a point extrapolated along the last step, with Nesterov's growing weights, and falls back to
+    the plain point when that made the error rise (Mitchell, Ye and De Sterck, arXiv 1810.05846). For CP on
+    convolutions this takes a third to a quarter of the rounds. Stops when a round lowers the squared relative error by
+    less than `tolerance` of itself. Never worse than the start.
     """
-    current = list(factors)
     total = float(weight.square().sum())
-    if total == 0:
+    if total == 0 or sweeps == 0:
         return factors
-    best, error = factors, relative_error(weight, wiring, factors)
+    previous = current = factors
+    error, momentum = relative_error(weight, wiring, factors), 0
     for _ in range(sweeps):
-        explained = 0.0
-        for position in range(len(current)):
-            solution, projection = _solve(weight, wiring, current, position)
-            if solution is None:
-                continue
-            current[position] = solution
-            explained = projection
+        step = max(momentum - 1, 0) / (momentum + 2)
+        start = [now + step * (now - before) for now, before in zip(current, previous, strict=True)]
+        found, explained = _sweep(weight, wiring, start if step else list(current))
         lower = max(1.0 - explained / total, 0.0)
-        if not math.isfinite(lower) or lower >= error:
-            break
-        best, gain, error = tuple(current), error - lower, lower
+        if not (math.isfinite(lower) and lower < error):
+            if not step:
+                break
+            momentum = 0
+            continue
+        gain, error, momentum = error - lower, lower, momentum + 1
+        previous, current = current, balance(wiring, found)
         if gain < tolerance * error:
             break
-    return best
+    return current
 
 
 def balance(wiring: Wiring, factors: Factors) -> Factors:
@@ -88,6 +92,16 @@ def balance(wiring: Wiring, factors: Factors) -> Factors:
     return tuple(
         factor * (mean / own).reshape(norm.shape) for factor, norm, own in zip(factors, norms, flat, strict=True)
     )
+
+
+def _sweep(weight: Tensor, wiring: Wiring, factors: list[Tensor]) -> tuple[Factors, float]:
+    """Every factor solved for in turn, and the energy of the weight that the outcome explains."""
+    explained = 0.0
+    for position in range(len(factors)):
+        solution, projection = _solve(weight, wiring, factors, position)
+        if solution is not None:
+            factors[position], explained = solution, projection
+    return tuple(factors), explained
 
 
 def _solve(
@@ -149,29 +163,37 @@ def _connected(network: Sequence[tuple[str, Tensor]]) -> list[list[tuple[str, Te
 
 
 def _contract(network: Sequence[tuple[str, Tensor]], result: str) -> Tensor:
-    """The network of lettered tensors summed over every letter not in `result`, pair by pair, smallest result first.
+    """The network of lettered tensors summed over every letter not in `result`, pair by pair.
 
     Every tensor has a leading group axis, which is kept.
     """
     nodes = list(network)
-    while len(nodes) > 1:
-        sizes = {letter: size for letters, t in nodes for letter, size in zip(letters, t.shape[1:], strict=True)}
-        choices = []
-        for a in range(len(nodes)):
-            for b in range(a + 1, len(nodes)):
-                kept = _kept(nodes, a, b, result)
-                shares = any(letter in nodes[b][0] for letter in nodes[a][0])
-                choices.append((not shares, math.prod(sizes[letter] for letter in kept), a, b, kept))
-        _, _, a, b, kept = min(choices)
+    for a, b, kept in _path(tuple(letters for letters, _ in nodes), tuple(t.shape[1:] for _, t in nodes), result):
         merged = _pair(nodes[a], nodes[b], kept)
         nodes = [node for k, node in enumerate(nodes) if k not in (a, b)] + [(kept, merged)]
-    return _einsum(nodes, result)
+    (letters, tensor) = nodes[0]
+    return tensor.permute(0, *(1 + letters.index(letter) for letter in result))
 
 
-def _kept(nodes: Sequence[tuple[str, Tensor]], a: int, b: int, result: str) -> str:
-    """The letters of two nodes that others, or the result, still need."""
-    needed = result + "".join(letters for k, (letters, _) in enumerate(nodes) if k not in (a, b))
-    return "".join(letter for letter in dict.fromkeys(nodes[a][0] + nodes[b][0]) if letter in needed)
+@lru_cache(maxsize=4096)
+def _path(
+    network: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], result: str
+) -> tuple[tuple[int, int, str], ...]:
+    """Which two to contract, again and again, and the letters to keep: always the pair of the smallest result."""
+    sizes = {letter: size for letters, shape in zip(network, shapes, strict=True) for letter, size in zip(letters, shape, strict=True)}
+    left, path = list(network), []
+    while len(left) > 1:
+        choices = []
+        for a in range(len(left)):
+            for b in range(a + 1, len(left)):
+                needed = result + "".join(letters for k, letters in enumerate(left) if k not in (a, b))
+                kept = "".join(letter for letter in dict.fromkeys(left[a] + left[b]) if letter in needed)
+                shares = any(letter in left[b] for letter in left[a])
+                choices.append((not shares, math.prod(sizes[letter] for letter in kept), a, b, kept))
+        _, _, a, b, kept = min(choices)
+        left = [letters for k, letters in enumerate(left) if k not in (a, b)] + [kept]
+        path.append((a, b, kept))
+    return tuple(path)
 
 
 def _pair(left: tuple[str, Tensor], right: tuple[str, Tensor], kept: str) -> Tensor:
@@ -183,7 +205,9 @@ def _pair(left: tuple[str, Tensor], right: tuple[str, Tensor], kept: str) -> Ten
     union = "".join(dict.fromkeys(left[0] + right[0]))
     summed = [letter for letter in union if letter not in kept]
     if summed and not (set(left[0]) <= set(right[0]) or set(right[0]) <= set(left[0])):
-        return _einsum([left, right], kept)
+        names = {letter: chr(ord("b") + k) for k, letter in enumerate(union)}
+        first, second, output = ("a" + "".join(names[letter] for letter in axes) for axes in (left[0], right[0], kept))
+        return torch.einsum(f"{first},{second}->{output}", left[1], right[1])
     order = kept + "".join(summed)
     product = _aligned(*left, order) * _aligned(*right, order)
     return product.flatten(1 + len(kept)).sum(-1) if summed else product
@@ -194,11 +218,3 @@ def _aligned(letters: str, tensor: Tensor, order: str) -> Tensor:
     own = [letter for letter in order if letter in letters]
     moved = tensor.permute(0, *(1 + letters.index(letter) for letter in own))
     return moved[(slice(None), *(slice(None) if letter in letters else None for letter in order))]
-
-
-def _einsum(nodes: Sequence[tuple[str, Tensor]], result: str) -> Tensor:
-    """torch.einsum over any letters, with the group axis in front."""
-    names = {letter: chr(ord("b") + k) for k, letter in enumerate(dict.fromkeys("".join(n for n, _ in nodes)))}
-    spelled = [("a" + "".join(names[letter] for letter in letters)) for letters, _ in nodes]
-    output = "a" + "".join(names[letter] for letter in result)
-    return torch.einsum(f"{','.join(spelled)}->{output}", *(tensor for _, tensor in nodes))

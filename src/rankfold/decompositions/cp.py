@@ -82,5 +82,5 @@ CP = Decomposition(
     wiring=lambda taps: Wiring(("Ai", *(f"A{axis}" for axis in taps), "oA")),
     expand=CpExpansion,
     sweeps=60,
-    knots=5,
+    knots=4,
 )

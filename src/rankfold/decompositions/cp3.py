@@ -15,5 +15,5 @@ CP3 = Decomposition(
     wiring=lambda taps: Wiring(("Ai", f"A{taps}", "oA")),
     expand=CpExpansion,
     sweeps=60,
-    knots=5,
+    knots=4,
 )

@@ -143,4 +143,4 @@ def _wiring(taps: str) -> Wiring:
     return Wiring(("Ai", *chain, f"o{bonds[-1]}"))
 
 
-TT = Decomposition(name="tt", wiring=_wiring, expand=TrainExpansion, sweeps=10)
+TT = Decomposition(name="tt", wiring=_wiring, expand=TrainExpansion, sweeps=20, knots=3)
