@@ -1,5 +1,7 @@
 """rankfold: smaller, ordinary PyTorch models from pre-trained ones, by low-rank and tensor decomposition."""
 
+from rankfold.analysis import Analysis, analyze
+from rankfold.artifact import load, load_plan, save
 from rankfold.budget import Budget, Cost
 from rankfold.errors import (
     ArtifactError,
@@ -14,6 +16,7 @@ from rankfold.pipeline import Result, compress
 from rankfold.plan import LayerPlan, Plan
 
 __all__ = [
+    "Analysis",
     "ArtifactError",
     "Budget",
     "BudgetError",
@@ -26,7 +29,11 @@ __all__ = [
     "RankfoldError",
     "Result",
     "UnknownNameError",
+    "analyze",
     "compress",
+    "load",
+    "load_plan",
+    "save",
 ]
 
 __version__ = "0.1.0"

@@ -13,7 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from rankfold.budget import Cost
 from rankfold.decompositions import fit, relative_error, wiring_of
@@ -81,10 +82,10 @@ def check_model(model: nn.Module) -> None:
 def cost_of(model: nn.Module, inputs: Inputs) -> Cost:
     """What a network costs: parameters, MACs of one pass over `inputs`, bytes of its state; shared tensors once.
 
-    MACs are half of what `torch.utils.flop_counter` counts: convolutions and every matrix product, attention included.
+    MACs are half of what `torch.utils.flop_counter` knows: convolutions and every matrix product, attention included.
     Raises ModelError where the model does not run on the inputs.
     """
-    counter = FlopCounterMode(display=False)
+    counter = _FlopCounter()
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer hides its products from the counter
     try:
@@ -98,7 +99,26 @@ def cost_of(model: nn.Module, inputs: Inputs) -> Cost:
     params = sum(parameter.numel() for parameter in model.parameters())
     state = {(t.data_ptr(), t.shape): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    return Cost(params, int(counter.get_total_flops()) // 2, size)
+    return Cost(params, counter.flops // 2, size)
+
+
+class _FlopCounter(TorchDispatchMode):
+    """Adds up the flops of PyTorch's own formulas; its FlopCounterMode does the same, after importing the compiler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and saying so to the compiler would import it: two seconds
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += int(formula(*args, **(kwargs or {}), out_val=out))
+        return out
 
 
 def describe_inputs(inputs: Inputs) -> str:

@@ -46,7 +46,7 @@ def relative_error(weight: Float64[Tensor, "g o i *taps"], wiring: Wiring, facto
 
 
 def alternate(
-    weight: Float64[Tensor, "g o i *taps"], wiring: Wiring, factors: Factors, *, sweeps: int, tolerance: float = 1e-4
+    weight: Float64[Tensor, "g o i *taps"], wiring: Wiring, factors: Factors, *, sweeps: int, tolerance: float = 1e-3
 ) -> Factors:
     """The factors after at most `sweeps` rounds of least squares over one factor at a time.
 

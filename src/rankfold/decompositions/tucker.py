@@ -47,5 +47,5 @@ TUCKER = Decomposition(
     name="tucker",
     wiring=lambda taps: Wiring(("Ai", f"BA{taps}", "oB")),
     expand=TuckerExpansion,
-    sweeps=20,
+    sweeps=3,
 )

@@ -1,0 +1,81 @@
+"""What a model is worth: top-1 and top-5 on labelled inputs, and latency against the original, side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.data import Dataset
+from rankfold.errors import DataError
+from rankfold.network import Inputs, Progress, describe_inputs, evaluating, run, silent
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 and top-5 in percent, over `examples` labelled inputs."""
+
+    top1: float
+    top5: float
+    examples: int
+
+
+def accuracy(
+    model: nn.Module, dataset: Dataset, *, batch_size: int = 250, progress: Progress = silent, what: str = "evaluating"
+) -> Accuracy:
+    """How often the right class is the model's first, and among its first five, on a labelled dataset.
+
+    The model must return logits of shape (n, classes). Raises DataError where the data do not fit it.
+    """
+    first = fifth = 0
+    device = next(iter(model.parameters())).device
+    with evaluating(model), torch.no_grad():
+        for start in range(0, len(dataset), batch_size):
+            progress(what, start, len(dataset))
+            x, y = dataset.batch(start, start + batch_size)
+            logits = _logits(model, x.to(device), dataset.classes)
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu()
+            hits = best == y[:, None]
+            first += int(hits[:, 0].sum())
+            fifth += int(hits.any(1).sum())
+    progress(what, len(dataset), len(dataset))
+    return Accuracy(100 * first / len(dataset), 100 * fifth / len(dataset), len(dataset))
+
+
+def latency(models: Sequence[nn.Module], inputs: Inputs, *, rounds: int = 30, warmup: int = 5) -> tuple[float, ...]:
+    """Median milliseconds of one forward pass per model, the models taking turns in one run.
+
+    Taking turns makes the ratios hold where the machine's speed drifts; absolute figures are of this machine, now.
+    """
+    samples: list[list[float]] = [[] for _ in models]
+    for turn in range(warmup + rounds):
+        for model, taken in zip(models, samples, strict=True):
+            _synchronise(inputs)
+            start = time.perf_counter()
+            run(model, inputs)
+            _synchronise(inputs)
+            if turn >= warmup:
+                taken.append(1e3 * (time.perf_counter() - start))
+    return tuple(median(taken) for taken in samples)
+
+
+def _logits(model: nn.Module, x: Tensor, classes: int) -> Tensor:
+    try:
+        logits = model(x)
+    except Exception as error:
+        raise DataError(f"the model does not take inputs {describe_inputs(x)}: {str(error).splitlines()[0]}") from error
+    logits = getattr(logits, "logits", logits)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise DataError("the model's output is not one row of logits per input; evaluate it with code of your own")
+    if classes > logits.shape[1]:
+        raise DataError(f"the data have labels up to {classes - 1}, the model has {logits.shape[1]} classes")
+    return logits
+
+
+def _synchronise(inputs: Inputs) -> None:
+    if isinstance(inputs, Tensor) and inputs.is_cuda:
+        torch.cuda.synchronize(inputs.device)
