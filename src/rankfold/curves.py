@@ -192,7 +192,7 @@ def _fitted(candidates: _Candidates, weight: Tensor, expansion: Expansion) -> _C
     ratios = []
     for knot in knots:
         factors = expansion.factors([int(rank) for rank in candidates.ranks[knot]])
-        factors = alternate(exact_weight, expansion.wiring, factors, sweeps=method.sweeps // 2)
+        factors = alternate(exact_weight, expansion.wiring, factors, sweeps=method.sweeps // 3)
         reached = relative_error(exact_weight, expansion.wiring, factors)
         ratios.append(min(reached / max(candidates.errors[knot], 1e-300), 1.0))
     order = np.argsort(size[knots])

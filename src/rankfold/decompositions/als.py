@@ -23,8 +23,8 @@ from torch import Tensor
 from rankfold.decompositions.expansion import Factors
 from rankfold.wiring import TAPS, Wiring
 
-LARGEST_GRAM = 3072
-"""Side of the largest Gram matrix that is solved with (72 MB); a factor with a larger one keeps its start."""
+LARGEST_GRAM = 1536
+"""Side of the largest Gram matrix that is solved with (19 MB); a factor with a larger one keeps its start."""
 
 _RIDGE = 1e-12
 
@@ -152,10 +152,10 @@ def _apply_inverse(gram: Tensor, right: Tensor, letters: str, bonds: str) -> Ten
 
 
 def _connected(network: Sequence[tuple[str, Tensor]]) -> list[list[tuple[str, Tensor]]]:
-    """The parts of a network that hang together by bonds."""
+    """The parts of a network that hang together by bonds of more than one component."""
     parts: list[list[tuple[str, Tensor]]] = []
     for node in network:
-        bonds = {letter for letter in node[0] if letter.isupper()}
+        bonds = {letter for letter, size in zip(node[0], node[1].shape[1:], strict=True) if letter.isupper() and size > 1}
         touching = [part for part in parts if any(bonds & set(letters) for letters, _ in part)]
         parts = [part for part in parts if part not in touching]
         parts.append([member for part in touching for member in part] + [node])
@@ -202,19 +202,28 @@ def _pair(left: tuple[str, Tensor], right: tuple[str, Tensor], kept: str) -> Ten
     Where one has all letters of the other, or nothing is summed, a broadcast product is much faster than the batched
     matrix products that einsum would make of the letters they share.
     """
-    union = "".join(dict.fromkeys(left[0] + right[0]))
-    summed = [letter for letter in union if letter not in kept]
-    if summed and not (set(left[0]) <= set(right[0]) or set(right[0]) <= set(left[0])):
-        names = {letter: chr(ord("b") + k) for k, letter in enumerate(union)}
-        first, second, output = ("a" + "".join(names[letter] for letter in axes) for axes in (left[0], right[0], kept))
-        return torch.einsum(f"{first},{second}->{output}", left[1], right[1])
-    order = kept + "".join(summed)
-    product = _aligned(*left, order) * _aligned(*right, order)
+    equation, views, summed = _pair_plan(left[0], right[0], kept)
+    if equation:
+        return torch.einsum(equation, left[1], right[1])
+    first, second = (tensor.permute(axes)[index] for (_, tensor), (axes, index) in zip((left, right), views, strict=True))
+    product = first * second
     return product.flatten(1 + len(kept)).sum(-1) if summed else product
 
 
-def _aligned(letters: str, tensor: Tensor, order: str) -> Tensor:
-    """The tensor with its axes in `order`, of size one where it lacks a letter."""
-    own = [letter for letter in order if letter in letters]
-    moved = tensor.permute(0, *(1 + letters.index(letter) for letter in own))
-    return moved[(slice(None), *(slice(None) if letter in letters else None for letter in order))]
+@lru_cache(maxsize=4096)
+def _pair_plan(
+    left: str, right: str, kept: str
+) -> tuple[str, tuple[tuple[tuple[int, ...], tuple[slice | None, ...]], ...], bool]:
+    """An einsum equation; or, empty, for each tensor the permutation and indexing that align it, and whether to sum."""
+    union = "".join(dict.fromkeys(left + right))
+    summed = "".join(letter for letter in union if letter not in kept)
+    if summed and not (set(left) <= set(right) or set(right) <= set(left)):
+        names = {letter: chr(ord("b") + k) for k, letter in enumerate(union)}
+        first, second, output = ("a" + "".join(names[letter] for letter in axes) for axes in (left, right, kept))
+        return f"{first},{second}->{output}", (), False
+    order = kept + summed
+    views = []
+    for letters in (left, right):
+        axes = (0, *(1 + letters.index(letter) for letter in order if letter in letters))
+        views.append((axes, (slice(None), *(slice(None) if letter in letters else None for letter in order))))
+    return "", tuple(views), bool(summed)

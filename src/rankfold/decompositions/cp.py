@@ -81,6 +81,6 @@ CP = Decomposition(
     name="cp",
     wiring=lambda taps: Wiring(("Ai", *(f"A{axis}" for axis in taps), "oA")),
     expand=CpExpansion,
-    sweeps=60,
-    knots=4,
+    sweeps=50,
+    knots=3,
 )

@@ -14,6 +14,6 @@ CP3 = Decomposition(
     name="cp3",
     wiring=lambda taps: Wiring(("Ai", f"A{taps}", "oA")),
     expand=CpExpansion,
-    sweeps=60,
-    knots=4,
+    sweeps=80,
+    knots=3,
 )

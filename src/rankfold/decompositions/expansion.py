@@ -59,7 +59,7 @@ class Decomposition:
     """A row of the table: a name, the wiring for given taps, and the expansion of a weight along it.
 
     `sweeps` is how many rounds of alternating least squares follow the closed form, at most; `knots` at how many
-    candidates an error curve is fitted by half as many, where the closed form is far from what they reach (0: nowhere).
+    candidates an error curve is fitted by a third as many, where the closed form is far from what they reach (0: nowhere).
     `expand` takes the weight, the wiring and whether to avoid Gram matrices (see `leading_basis`).
     """
 
