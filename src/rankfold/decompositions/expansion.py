@@ -60,7 +60,8 @@ class Decomposition:
 
     `sweeps` is how many rounds of alternating least squares follow the closed form, at most; `knots` at how many
     candidates an error curve is fitted by a third as many, where the closed form is far from what they reach (0: nowhere).
-    `expand` takes the weight, the wiring and whether to avoid Gram matrices (see `leading_basis`).
+    `balanced` restricts a search to ranks whose first and last bond keep about the same share of inputs and outputs
+    (see `curves.BALANCE`). `expand` takes the weight, the wiring and whether to avoid Gram matrices (`leading_basis`).
     """
 
     name: str
@@ -68,6 +69,7 @@ class Decomposition:
     expand: Callable[[Tensor, Wiring, bool], Expansion]
     sweeps: int
     knots: int = 0
+    balanced: bool = False
 
 
 def leading_basis(

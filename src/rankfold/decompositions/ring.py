@@ -77,4 +77,4 @@ def _wiring(taps: str) -> Wiring:
     return Wiring(("AiB", *chain, f"{bonds[-1]}oA"))
 
 
-RING = Decomposition(name="ring", wiring=_wiring, expand=RingExpansion, sweeps=20, knots=3)
+RING = Decomposition(name="ring", wiring=_wiring, expand=RingExpansion, sweeps=0, balanced=True)

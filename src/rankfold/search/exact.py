@@ -17,14 +17,12 @@ from rankfold.curves import Curve, FloatArray, IntArray
 from rankfold.errors import BudgetError
 from rankfold.search.problem import Problem, Selection, check_feasible, costs_of, membership
 
-START = 24
-"""Candidates per layer in the integer programme, those of least reduced cost; more only where more can matter."""
-GAP = 1e-6
-"""Relative gap to the bound at which the solver may stop."""
-ENOUGH = 1e-4
-"""Relative gap to the linear relaxation at which a plan is good enough not to look among more candidates."""
+START = 10
+"""Candidates per layer in the first integer programme: those of least reduced cost."""
+ENOUGH = 2e-4
+"""Relative gap to the linear relaxation at which the first plan is taken: no plan is better by more than this."""
 NODES = 1000
-"""Branch-and-bound nodes after which it stops all the same (about a second); the bound says how far it got."""
+"""Branch-and-bound nodes after which a programme stops in any case; the bound then says how far it got."""
 
 
 def exact(problem: Problem) -> Selection:
@@ -32,25 +30,25 @@ def exact(problem: Problem) -> Selection:
     check_feasible(problem)
     if not problem.curves:
         return Selection((), 0.0, 0.0)
-    bound, reduced = _relax(problem)
-    kept = [np.sort(np.argsort(part, kind="stable")[:START]) for part in reduced]
-    best = _solve(problem, kept)
-    gap = (best.objective - bound) * (1 + 1e-9) + 1e-12 if best else np.inf
-    wider = [np.union1d(have, np.flatnonzero(part <= gap)) for have, part in zip(kept, reduced, strict=True)]
-    proven = best is not None and gap <= ENOUGH * bound
-    if not proven and any(len(more) > len(have) for more, have in zip(wider, kept, strict=True)):
-        found = _solve(problem, wider)
-        if found and (best is None or found.objective < best.objective):
-            best = found
-        elif best:
-            best = replace(best, bound=found.bound if found else bound)
-    if best is None:
+    bound, reduced, rounded = _relax(problem)
+    if rounded and rounded.objective <= bound * (1 + ENOUGH):
+        return rounded
+    near = [np.sort(np.argsort(part, kind="stable")[:START]) for part in reduced]
+    first = _solve(problem, near, gap=ENOUGH / 2)
+    if first and first.objective <= bound * (1 + ENOUGH):
+        return replace(first, bound=bound)
+    gap = (first.objective - bound) * (1 + 1e-9) + 1e-12 if first else np.inf
+    second = _solve(problem, [np.union1d(have, np.flatnonzero(part <= gap)) for have, part in zip(near, reduced, strict=True)])
+    plans = [plan for plan in (first, second) if plan]
+    if not plans:
         raise BudgetError(f"the solver found no plan within {NODES} nodes; loosen the budget or use search='uniform'")
-    return replace(best, bound=bound if proven else min(max(bound, best.bound or bound), best.objective))
+    best = min(plans, key=lambda plan: plan.objective)
+    proven = second.bound if second and second.bound is not None else bound
+    return replace(best, bound=min(max(bound, proven), best.objective))
 
 
-def _relax(problem: Problem) -> tuple[float, list[FloatArray]]:
-    """Objective of the linear relaxation, and every candidate's reduced cost, per curve."""
+def _relax(problem: Problem) -> tuple[float, list[FloatArray], Selection | None]:
+    """The linear relaxation: its objective, every candidate's reduced cost per curve, and the plan nearest to it."""
     errors = np.concatenate([curve.errors for curve in problem.curves])
     shares = np.array([costs_of(problem.curves, unit) / max(problem.room(unit), 1) for unit in problem.units])
     result = scipy.optimize.linprog(
@@ -66,10 +64,36 @@ def _relax(problem: Problem) -> tuple[float, list[FloatArray]]:
         raise BudgetError(f"the linear relaxation of the budget was not solved: {result.message}")
     sizes = [len(curve) for curve in problem.curves]
     priced = errors - result.ineqlin.marginals @ shares - np.repeat(result.eqlin.marginals, sizes)
-    return float(result.fun), np.split(np.maximum(priced, 0.0), np.cumsum(sizes)[:-1])
+    cuts = np.cumsum(sizes)[:-1]
+    rounded = _rounded(problem, np.split(result.x, cuts), float(result.fun))
+    return float(result.fun), np.split(np.maximum(priced, 0.0), cuts), rounded
 
 
-def _solve(problem: Problem, kept: list[IntArray]) -> Selection | None:
+def _rounded(problem: Problem, shares: list[FloatArray], bound: float) -> Selection | None:
+    """A plan made of the relaxation: of a layer's fractional candidates the cheapest, then single swaps while they help.
+
+    The relaxation splits no more layers than there are limits, so on a large network this is close already.
+    """
+    choices = []
+    for curve, share in zip(problem.curves, shares, strict=True):
+        used = np.flatnonzero(share > 1e-9)
+        choices.append(int(used[problem.pressure(curve)[used].argmin()]))
+    if not problem.fits(choices):
+        return None
+    while True:
+        spare = {unit: problem.room(unit) - problem.used(choices, unit) for unit in problem.units}
+        swaps = []
+        for layer, (curve, now) in enumerate(zip(problem.curves, choices, strict=True)):
+            fits = np.all([curve.costs[unit] - curve.costs[unit][now] <= spare[unit] for unit in problem.units], axis=0)
+            best = int(np.where(fits, curve.errors, np.inf).argmin())
+            swaps.append((float(curve.errors[now] - curve.errors[best]), layer, best))
+        gain, layer, best = max(swaps)
+        if gain <= 0:
+            return Selection(tuple(choices), problem.objective(choices), bound)
+        choices[layer] = best
+
+
+def _solve(problem: Problem, kept: list[IntArray], *, gap: float = 1e-6) -> Selection | None:
     """The best plan that uses the `kept` candidates alone; None where there is none.
 
     The solver's constraints hold to a tolerance, a budget holds exactly: limits are tightened until they do.
@@ -86,7 +110,7 @@ def _solve(problem: Problem, kept: list[IntArray]) -> Selection | None:
             ],
             integrality=np.ones(len(errors)),
             bounds=scipy.optimize.Bounds(0, 1),
-            options={"mip_rel_gap": GAP, "node_limit": NODES},
+            options={"mip_rel_gap": gap, "node_limit": NODES},
         )
         if result.x is None:
             return None
