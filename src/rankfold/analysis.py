@@ -22,7 +22,7 @@ ENERGY = 0.9
 
 @dataclass(frozen=True)
 class Saving:
-    """The cheapest form of a layer that keeps `ENERGY` of it: fractions of the layer's parameters and MACs that stay."""
+    """The cheapest form of a layer that keeps `ENERGY` of it, as fractions of its parameters and MACs."""
 
     params_kept: float
     macs_kept: float

@@ -202,7 +202,9 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _open_model(spec: str, weights: Path | None, input_shape: str | None, seed: int) -> tuple[Any, Any, tuple[int, ...]]:
+def _open_model(
+    spec: str, weights: Path | None, input_shape: str | None, seed: int
+) -> tuple[Any, Any, tuple[int, ...]]:
     """The network with its weights, an example batch of one, and the shape of one input."""
     import torch
 

@@ -30,7 +30,9 @@ class Side:
 
     def as_dict(self) -> dict[str, Any]:
         """The side in JSON's types, accuracies in percent."""
-        top = {"top1": self.accuracy.top1, "top5": self.accuracy.top5} if self.accuracy else {"top1": None, "top5": None}
+        top = (
+            {"top1": self.accuracy.top1, "top5": self.accuracy.top5} if self.accuracy else {"top1": None, "top5": None}
+        )
         return {**top, **vars(self.cost), "latency_ms": self.latency_ms}
 
 

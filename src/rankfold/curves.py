@@ -24,8 +24,7 @@ from rankfold.plan import LayerSpec
 BALANCE = 1 / 16
 """How far apart the shares of inputs and outputs kept by a balanced decomposition may be.
 
-Unbalanced Tucker ranks reach a slightly lower error, and a much lower accuracy: ResNet-20 and ResNet-32 on CIFAR-10 lose
-7 to 25 points by them at half the MACs and above (benchmarks/tucker_choices.py).
+Unbalanced ranks of Tucker reach a slightly lower error and a much lower accuracy: see benchmarks/tucker_choices.py.
 """
 
 IntArray = npt.NDArray[np.int64]
@@ -150,9 +149,7 @@ def _candidates(name: str, layer: LayerSpec, grid: Grid, units: Sequence[str]) -
     )
 
 
-def _merged(
-    layer: LayerSpec, tried: tuple[str, ...], parts: Sequence[_Candidates], units: Sequence[str]
-) -> Curve:
+def _merged(layer: LayerSpec, tried: tuple[str, ...], parts: Sequence[_Candidates], units: Sequence[str]) -> Curve:
     """All parts and the dense layer as one curve, pruned together."""
     dense = layer.dense
     methods: list[str | None] = [None, *(part.name for part in parts for _ in part.errors)]

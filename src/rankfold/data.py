@@ -33,7 +33,7 @@ class Dataset:
     """Inputs and labels, turned into model inputs batch by batch.
 
     Integer inputs are images in 0…255: they are scaled to [0, 1] and normalised. Floating inputs are taken as they
-    are, unless `normalise_floats`. `x` may have its channels last, or none at all; `input_shape` says what the model takes.
+    are, unless `normalise_floats`. `x` may have its channels last, or none at all; the model takes `input_shape`.
     """
 
     x: npt.NDArray[Any] | Sequence[Path]
@@ -75,6 +75,7 @@ def open_dataset(
     kind, separator, rest = spec.partition(":")
     if not separator or not rest:
         raise DataError(f"data {spec!r} is not of the form npz:PATH, imagefolder:DIR or module:factory")
+    x: npt.NDArray[Any] | list[Path]
     if kind == "npz":
         x, y = _read_npz(Path(rest))
     elif kind == "imagefolder":

@@ -1,4 +1,4 @@
-"""The main job on the embedded default: a small trained CNN, compressed at several budgets, on digits it has not seen."""
+"""The main job on the embedded default: a small trained CNN at several budgets, on digits it has not seen."""
 
 from __future__ import annotations
 

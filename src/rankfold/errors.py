@@ -1,12 +1,12 @@
 """The errors rankfold raises, as one tree: every one of them is a `RankfoldError`.
 
-    RankfoldError
-    ├── ModelError      the network, its weights or its example inputs
-    ├── BudgetError     a budget that cannot be read, or cannot be met
-    ├── PlanError       a plan that cannot be read, or does not fit the model
-    ├── UnknownNameError  a name or pattern that matches nothing; carries the nearest ones
-    ├── DataError       evaluation data
-    └── ArtifactError   a directory that cannot be written or read
+RankfoldError
+├── ModelError      the network, its weights or its example inputs
+├── BudgetError     a budget that cannot be read, or cannot be met
+├── PlanError       a plan that cannot be read, or does not fit the model
+├── UnknownNameError  a name or pattern that matches nothing; carries the nearest ones
+├── DataError       evaluation data
+└── ArtifactError   a directory that cannot be written or read
 """
 
 from __future__ import annotations

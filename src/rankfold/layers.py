@@ -1,8 +1,8 @@
 """Layer kinds: how each one's weight is read, and how a wiring's stages are written as its modules.
 
 A kind says where groups, outputs and inputs stand in the weight, and what runs a stage. Adding one is an entry in
-`LAYER_KINDS`. Stages are stock `torch.nn` modules, the tensor ring's reshapes included, so what comes out is an ordinary
-`nn.Sequential` that needs nothing of this package.
+`LAYER_KINDS`. Stages are stock `torch.nn` modules, the tensor ring's reshapes included, so what comes out is an
+ordinary `nn.Sequential` that needs nothing of this package.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def factorised(
         stages.extend(_move_bond(sizes, carried, stage, shape.groups))
         stages.append(_stage_module(module, stage, resized, weight, groups=shape.groups * _size(sizes, stage.kept)))
         carried = stage.carried
-    stages[-1].bias = cast("nn.Parameter | None", module.bias)
+    stages[-1].register_parameter("bias", cast("nn.Parameter | None", module.bias))
     return nn.Sequential(*stages).train(module.training)
 
 

@@ -66,7 +66,9 @@ def load_weights_(model: nn.Module, path: str | Path) -> None:
     unknown = [name for name in state if name not in own]
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     if missing or unknown:
-        example = f"it lacks {missing[0]}" if missing else f"{unknown[0]} is not the model's ({nearest(unknown[0], own)})"
+        example = (
+            f"it lacks {missing[0]}" if missing else f"{unknown[0]} is not the model's ({nearest(unknown[0], own)})"
+        )
         counts = f"{len(missing)} names missing, {len(unknown)} unknown"
         raise ModelError(f"{file} does not fit the model: {example} ({counts})")
     dtypes = {state[name].dtype for name in state if state[name].is_floating_point()}

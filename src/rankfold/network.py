@@ -70,7 +70,7 @@ def check_model(model: nn.Module) -> None:
     if not any(True for _ in model.parameters()):
         raise ModelError(f"the model ({type(model).__name__}) has no parameters; there is nothing to compress")
     for name, tensor in tensors:
-        if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+        if torch.nn.parameter.is_lazy(tensor):
             raise ModelError(f"{name}: the parameter is not initialised yet; run the model once before compressing it")
         if tensor.is_meta:
             raise ModelError(f"{name}: the tensor is on the meta device and has no values; load the weights first")
@@ -252,7 +252,9 @@ def duplicate(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
     except Exception as error:
-        raise ModelError(f"the model cannot be copied ({error}); build it anew, without hooks or open graphs") from error
+        raise ModelError(
+            f"the model cannot be copied ({error}); build it anew, without hooks or open graphs"
+        ) from error
 
 
 _NEVER_CALLED = "never called on the example inputs, so its cost is unknown"

@@ -11,12 +11,25 @@ from torch import nn
 
 from rankfold.budget import UNITS, Budget, Cost
 from rankfold.curves import Curve, measure_layer, smallest_form
-from rankfold.decompositions import DECOMPOSITIONS, decomposition as known_decomposition
+from rankfold.decompositions import DECOMPOSITIONS
+from rankfold.decompositions import decomposition as known_decomposition
 from rankfold.errors import ModelError, RankfoldError, UnknownNameError
 from rankfold.layers import weight_of
-from rankfold.network import Inputs, Layers, Progress, apply_plan, check_model, cost_of, find_layers, matches, run, silent
+from rankfold.network import (
+    Inputs,
+    Layers,
+    Progress,
+    apply_plan,
+    check_model,
+    cost_of,
+    find_layers,
+    matches,
+    run,
+    silent,
+)
 from rankfold.plan import LayerPlan, LayerSpec, Plan
-from rankfold.search import Problem, Selection, search as known_search
+from rankfold.search import Problem
+from rankfold.search import search as known_search
 
 Decompositions = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 """A name, several to choose from layer by layer, "auto" for all, or a mapping from name patterns to any of these."""
@@ -98,7 +111,9 @@ def assign(layers: Layers, decomposition: Decompositions) -> tuple[dict[str, tup
             if given is not None
         }
     found = tuple(layer for layer in layers.found if layer.name in choices)
-    skipped = {layer.name: "no pattern of the decompositions matches it" for layer in layers.found if layer not in found}
+    skipped = {
+        layer.name: "no pattern of the decompositions matches it" for layer in layers.found if layer not in found
+    }
     if not found:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in {**layers.skipped, **skipped}.items())
         raise ModelError(f"the model has no layer to decompose ({reasons or 'it has no weight matrices'})")
@@ -123,10 +138,8 @@ def measure(
     return tuple(curves)
 
 
-def make_plan(
-    curves: Sequence[Curve], layers: Layers, before: Cost, *, budget: Budget, search: str = "exact"
-) -> Plan:
-    """The plan a search finds within the budget; raises BudgetError, with the smallest feasible one, if there is none."""
+def make_plan(curves: Sequence[Curve], layers: Layers, before: Cost, *, budget: Budget, search: str = "exact") -> Plan:
+    """The plan a search finds within the budget; raises BudgetError, naming the smallest feasible one, if none is."""
     dense = reduce(Cost.__add__, (curve.layer.dense for curve in curves), Cost(0, 0, 0))
     fixed = before - dense
     useful = tuple(curve for curve in curves if len(curve) > 1)

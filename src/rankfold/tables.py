@@ -131,7 +131,9 @@ def demo(rows: Sequence[Row], seconds: float) -> RenderableType:
             f"{row.seconds:.1f}" if row.budget else "",
         )
     whole = f"a CNN of {count(first.cost.params)} parameters and {count(first.cost.macs)} MACs on 360 held-out digits"
-    legend = "no data used, nothing fine-tuned; latency: batches of 64, in turns with the original; each saved and loaded"
+    legend = (
+        "no data used, nothing fine-tuned; latency: batches of 64, in turns with the original; each saved and loaded"
+    )
     return Group(table, Text(f"{whole}; {seconds:.0f} s in all"), Text(legend, "dim"))
 
 

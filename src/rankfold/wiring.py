@@ -188,13 +188,13 @@ class Wiring:
             if len(holders) > 2:
                 rests = [math.prod(shape.kernel) * min(shape.outputs, shape.inputs)]
             arrays = any(isinstance(rest, np.ndarray) for rest in rests)
-            largest.append(reduce(np.minimum, rests) if arrays else min(rests))
+            largest.append(reduce(np.minimum, rests) if arrays else min(rests))  # type: ignore[arg-type]
         return largest
 
     def params(self, shape: LayerShape, ranks: Sequence[Count]) -> Count:
         """Entries of all factors of all groups; elementwise when `ranks` are arrays."""
         sizes = self.sizes(shape, ranks)
-        return sum(shape.groups * _product(sizes, factor) for factor in self.factors)  # type: ignore[return-value]
+        return sum(shape.groups * _product(sizes, factor) for factor in self.factors)  # type: ignore[return-value, misc]
 
     def macs(self, shape: LayerShape, ranks: Sequence[Count]) -> Count:
         """Multiply-accumulates of all stages over all calls; elementwise when `ranks` are arrays."""

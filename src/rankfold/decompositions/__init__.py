@@ -90,6 +90,6 @@ def _check_ranks(name: str, wiring: Wiring, shape: LayerShape, ranks: Sequence[i
         if not 1 <= rank <= largest:
             weight = (shape.outputs, shape.inputs, *shape.kernel)
             raise PlanError(
-                f"{layer}: {name} rank {rank} on bond {bond} is not in 1…{largest}, the useful ones for weight {weight}; "
-                "change it, or leave it out to have it searched"
+                f"{layer}: {name} rank {rank} on bond {bond} is not in 1…{largest}, the useful ones for weight "
+                f"{weight}; change it, or leave it out to have it searched"
             )

@@ -155,7 +155,9 @@ def _connected(network: Sequence[tuple[str, Tensor]]) -> list[list[tuple[str, Te
     """The parts of a network that hang together by bonds of more than one component."""
     parts: list[list[tuple[str, Tensor]]] = []
     for node in network:
-        bonds = {letter for letter, size in zip(node[0], node[1].shape[1:], strict=True) if letter.isupper() and size > 1}
+        bonds = {
+            letter for letter, size in zip(node[0], node[1].shape[1:], strict=True) if letter.isupper() and size > 1
+        }
         touching = [part for part in parts if any(bonds & set(letters) for letters, _ in part)]
         parts = [part for part in parts if part not in touching]
         parts.append([member for part in touching for member in part] + [node])
@@ -180,7 +182,11 @@ def _path(
     network: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], result: str
 ) -> tuple[tuple[int, int, str], ...]:
     """Which two to contract, again and again, and the letters to keep: always the pair of the smallest result."""
-    sizes = {letter: size for letters, shape in zip(network, shapes, strict=True) for letter, size in zip(letters, shape, strict=True)}
+    sizes = {
+        letter: size
+        for letters, shape in zip(network, shapes, strict=True)
+        for letter, size in zip(letters, shape, strict=True)
+    }
     left, path = list(network), []
     while len(left) > 1:
         choices = []
@@ -205,7 +211,9 @@ def _pair(left: tuple[str, Tensor], right: tuple[str, Tensor], kept: str) -> Ten
     equation, views, summed = _pair_plan(left[0], right[0], kept)
     if equation:
         return torch.einsum(equation, left[1], right[1])
-    first, second = (tensor.permute(axes)[index] for (_, tensor), (axes, index) in zip((left, right), views, strict=True))
+    first, second = (
+        tensor.permute(axes)[index] for (_, tensor), (axes, index) in zip((left, right), views, strict=True)
+    )
     product = first * second
     return product.flatten(1 + len(kept)).sum(-1) if summed else product
 

@@ -58,8 +58,8 @@ class Expansion(ABC):
 class Decomposition:
     """A row of the table: a name, the wiring for given taps, and the expansion of a weight along it.
 
-    `sweeps` is how many rounds of alternating least squares follow the closed form, at most; `knots` at how many
-    candidates an error curve is fitted by a third as many, where the closed form is far from what they reach (0: nowhere).
+    `sweeps` is how many rounds of alternating least squares follow the closed form, at most (0: it is the best,
+    or better left alone); `knots` at how many candidates an error curve is fitted by a third as many rounds.
     `balanced` restricts a search to ranks whose first and last bond keep about the same share of inputs and outputs
     (see `curves.BALANCE`). `expand` takes the weight, the wiring and whether to avoid Gram matrices (`leading_basis`).
     """

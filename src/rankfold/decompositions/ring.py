@@ -1,9 +1,9 @@
 """Tensor ring: a tensor train whose last factor is tied back to the first by one more bond, carried in the batch.
 
-Zhao et al., arXiv 1606.05535. For a given size of the carried bond A the weight's input basis (the leading left singular
-vectors, falling) is folded into A × B, component b·A + a, and what follows is a tensor train over B, the taps and
-outputs × A (the TR-SVD of that paper with its first split made explicit). A ring with A = 1 is a train; it is among the
-candidates, so that a ring is never worse.
+Zhao et al., arXiv 1606.05535. For a given size of the carried bond A the weight's input basis (its left singular
+vectors, the largest first) is folded into A × B, component b·A + a, and what follows is a tensor train over B, the taps
+and outputs × A: the TR-SVD of that paper with its first split made explicit. A ring with A = 1 is a train; it is among
+the candidates, so that a ring is never worse.
 """
 
 from __future__ import annotations

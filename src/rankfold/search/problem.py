@@ -76,7 +76,10 @@ def check_feasible(problem: Problem) -> None:
         scale = _smallest_scale(problem)
         if scale <= 1:
             return
-        smallest = {unit: int(np.ceil(limit * scale)) for unit, limit in problem.limits.items()}
+        smallest = {
+            unit: min(int(np.ceil(limit * scale)), int(getattr(problem.original, unit)))
+            for unit, limit in problem.limits.items()
+        }
     elif all(smallest[unit] <= limit for unit, limit in problem.limits.items()):
         return
     asked = describe(problem.limits, problem.original)

@@ -25,7 +25,7 @@ class LeNet(nn.Module):
 
 
 class CifarVGG16(nn.Module):
-    """VGG-16 (Simonyan and Zisserman, arXiv 1409.1556) with batch norm and one 512-wide classifier, for 32×32 images."""
+    """VGG-16 (Simonyan and Zisserman, arXiv 1409.1556) with batch norm and one 512-wide classifier, for 32×32."""
 
     def __init__(self, classes: int = 10) -> None:
         super().__init__()

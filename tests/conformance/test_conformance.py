@@ -1,0 +1,148 @@
+"""The laws every decomposition obeys on every layer kind (design: full rank is exact, cost is as predicted, …)."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, NAMES, Case
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from rankfold import Budget, compress
+from rankfold.curves import measure_layer
+from rankfold.decompositions import expand, fit, reconstruct, relative_error, wiring_of
+from rankfold.layers import FLOATS, LAYER_KINDS, factorised, shape_of, stage_weights, weight_of
+from rankfold.network import find_layers
+
+each_name = pytest.mark.parametrize("name", NAMES)
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+
+
+def middle_ranks(case: Case, name: str) -> tuple[int, ...]:
+    """Ranks between one and the largest, lowered until none is of no use beside the others."""
+    shape = shape_of(case.module)
+    ranks = [max(1, rank // 2) for rank in expand(name, weight_of(case.module), shape).max_ranks()]
+    wiring = wiring_of(name, shape)
+    for _ in ranks:
+        ranks = [min(rank, most) for rank, most in zip(ranks, wiring.largest_ranks(shape, ranks), strict=True)]
+    if name == "ring" and len(ranks) > 1 and min(shape.inputs, shape.outputs) > 1:
+        ranks[0] = 2  # a ring that carries its bond
+    return tuple(ranks)
+
+
+def replaced(module: nn.Module, name: str, ranks: tuple[int, ...]) -> tuple[nn.Sequential, torch.Tensor]:
+    """The factorised layer, and the weight its factors stand for."""
+    shape = shape_of(module)
+    wiring = wiring_of(name, shape)
+    factors = fit(name, weight_of(module), shape, ranks, sweeps=2)
+    return factorised(module, wiring, ranks, stage_weights(module, wiring, factors)), reconstruct(wiring, factors)
+
+
+def dense(module: nn.Module, weight: torch.Tensor) -> nn.Module:
+    """A copy of the layer with a (g, o, i, *taps) weight."""
+    twin = copy.deepcopy(module)
+    weight = weight.transpose(1, 2) if shape_of(module).transposed else weight
+    twin.weight.data = weight.reshape(twin.weight.shape).to(twin.weight.dtype)
+    return twin
+
+
+def example(case: Case, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(case.inputs, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+
+def test_every_layer_kind_has_a_case():
+    assert {type(case.module) for case in CASES} == set(LAYER_KINDS)
+
+
+@each_case
+@each_name
+def test_full_rank_is_exact(case: Case, name: str):
+    weight, shape = weight_of(case.module), shape_of(case.module)
+    expansion = expand(name, weight, shape)
+    factors = fit(name, weight, shape, expansion.max_ranks(), sweeps=0, expansion=expansion)
+    assert relative_error(weight.double(), expansion.wiring, factors) < 1e-12
+
+
+@each_case
+@each_name
+def test_factorised_layer_equals_dense_layer_with_reconstructed_weight(case: Case, name: str):
+    module = copy.deepcopy(case.module).double()
+    stages, weight = replaced(module, name, middle_ranks(case, name))
+    x = example(case, torch.float64)
+    torch.testing.assert_close(stages(x), dense(module, weight)(x), rtol=1e-9, atol=1e-9)
+
+
+@each_case
+@each_name
+def test_predicted_cost_is_the_measured_one(case: Case, name: str):
+    ranks = middle_ranks(case, name)
+    stages, _ = replaced(case.module, name, ranks)
+    spec = find_layers(nn.Sequential(copy.deepcopy(case.module)), example(case)).found[0]
+    wiring = wiring_of(name, spec.shape)
+    bias = case.module.bias.numel() if case.module.bias is not None else 0
+    assert sum(p.numel() for p in stages.parameters()) == wiring.params(spec.shape, ranks) + bias
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        stages(example(case))
+    assert counter.get_total_flops() == 2 * wiring.macs(spec.shape, ranks)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        case.module(example(case))
+    assert counter.get_total_flops() == 2 * spec.dense.macs
+
+
+@each_case
+@each_name
+def test_errors_fall_with_rank_and_bound_what_the_factors_reach(case: Case, name: str):
+    weight = weight_of(case.module).double()
+    expansion = expand(name, weight, shape_of(case.module))
+    for grid in expansion.grids():
+        for axis in range(grid.errors.ndim):
+            assert (np.diff(grid.errors, axis=axis) <= 1e-12).all()
+        places = np.argwhere(np.isfinite(grid.errors))
+        for place in places[:: max(1, len(places) // 12)]:
+            ranks = [int(axis[k]) for axis, k in zip(grid.ranks, place, strict=True)]
+            reached = relative_error(weight, expansion.wiring, expansion.factors(ranks))
+            assert reached <= grid.errors[tuple(place)] + 1e-9
+
+
+@each_case
+@each_name
+def test_no_candidate_is_larger_than_the_layer(case: Case, name: str):
+    spec = find_layers(nn.Sequential(copy.deepcopy(case.module)), example(case)).found[0]
+    curve = measure_layer(spec, weight_of(case.module), (name,))
+    assert curve.methods[0] is None
+    assert curve.errors[0] == 0
+    for unit, costs in curve.costs.items():
+        assert (costs <= getattr(spec.dense, unit)).all()
+    for method, ranks, params, macs in zip(
+        curve.methods[1:], curve.ranks[1:], curve.costs["params"][1:], curve.costs["macs"][1:], strict=True
+    ):
+        wiring = wiring_of(method, spec.shape)
+        assert params == wiring.params(spec.shape, ranks)
+        assert macs == wiring.macs(spec.shape, ranks)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@each_name
+def test_every_dtype_is_kept(dtype: torch.dtype, name: str):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(256, 10))
+    model = model.to(dtype).eval()
+    x = torch.randn(1, 8, 6, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    result = compress(model, x, decomposition=name, budget=Budget(params=0.6))
+    assert {p.dtype for p in result.model.parameters()} == {dtype}
+    assert result.after.params <= 0.6 * result.before.params
+    assert result.model(x).dtype == dtype
+    assert torch.isfinite(result.model(x)).all()
+
+
+@each_case
+def test_stages_are_stock_modules(case: Case):
+    for name in NAMES:
+        stages, _ = replaced(case.module, name, middle_ranks(case, name))
+        assert {type(stage).__module__.split(".")[:2][0] for stage in stages} == {"torch"}
+        assert all(type(stage).__module__.startswith("torch.nn") for stage in stages)
