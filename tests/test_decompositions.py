@@ -37,8 +37,10 @@ def test_svd_and_spatial_are_the_truncated_svd(weight: torch.Tensor):
         ("svd", weight[0].reshape(12, -1)),
         ("spatial", weight[0].permute(1, 2, 3, 0).reshape(30, 36)),
     ):
-        values = tl.truncated_svd(matrix.numpy(), n_eigenvecs=min(matrix.shape))[1] if hasattr(tl, "truncated_svd") else (
-            np.linalg.svd(matrix.numpy(), compute_uv=False)
+        values = (
+            tl.truncated_svd(matrix.numpy(), n_eigenvecs=min(matrix.shape))[1]
+            if hasattr(tl, "truncated_svd")
+            else (np.linalg.svd(matrix.numpy(), compute_uv=False))
         )
         for rank in (1, 4, 9):
             expected = (values[rank:] ** 2).sum() / (values**2).sum()
@@ -69,7 +71,8 @@ def test_cp_is_close_to_the_better_of_two_reference_starts(name: str, weight: to
     tensor = weight[0].numpy() if name == "cp" else weight[0].reshape(12, 10, 9).numpy()
     theirs = min(
         reference_error(
-            tl.cp_to_tensor(parafac(tensor, rank=14, n_iter_max=100, init=init, random_state=0)).reshape(12, 10, 3, 3), weight
+            tl.cp_to_tensor(parafac(tensor, rank=14, n_iter_max=100, init=init, random_state=0)).reshape(12, 10, 3, 3),
+            weight,
         )
         for init in ("svd", "random")
     )

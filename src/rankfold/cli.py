@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -53,6 +52,9 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard 
 Seed = Annotated[int, typer.Option(help="Seed of the initial weights, where no weights are given.")]
 
 errors = Console(stderr=True)
+
+UsageError = typer.BadParameter.__mro__[1]
+"""The parser's own errors; typer carries its parser inside from 0.20 on, and none of its names is public."""
 
 
 @app.command()
@@ -179,15 +181,18 @@ def demo(as_json: Json = False) -> None:
 def main() -> None:
     """Runs the command line. Exits with 2 for what the user got wrong, 1 for a defect, without a traceback."""
     try:
-        app(standalone_mode=False)
-    except click.exceptions.Exit as done:
+        sys.exit(app(standalone_mode=False) or 0)
+    except typer.Exit as done:
         sys.exit(done.exit_code)
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted; nothing was written", 130)
-    except click.ClickException as error:
-        _fail(" ".join(error.format_message().split()), 2)
     except RankfoldError as error:
         _fail(str(error), 2)
+    except UsageError as error:
+        message = getattr(error, "message", "")
+        if message:
+            _fail(message, 2)
+        sys.exit(0)  # called without arguments, it has shown its help
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

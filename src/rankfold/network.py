@@ -154,6 +154,8 @@ def find_layers(
     candidates: list[nn.Module] = []
     for module, module_names in carriers.items():
         reason = _unfit(module) or _unwanted(module_names, include, exclude)
+        if module is model:
+            reason = "it is the model itself and cannot be replaced inside it; wrap it in nn.Sequential"
         if reason:
             skipped[module_names[0]] = reason
         else:

@@ -35,7 +35,11 @@ def _cases() -> list[Case]:
         Case("conv2d-same", nn.Conv2d(5, 6, (3, 4), padding="same", dilation=(2, 1)), (2, 5, 9, 8)),
         Case("conv2d-reflect", nn.Conv2d(5, 6, 3, padding=(2, 1), padding_mode="reflect"), (2, 5, 7, 8)),
         Case("conv2d-circular-same", nn.Conv2d(5, 6, 3, padding="same", padding_mode="circular"), (1, 5, 6, 6)),
-        Case("conv2d-replicate", nn.Conv2d(5, 6, (1, 3), stride=2, padding=(1, 1), padding_mode="replicate"), (1, 5, 6, 6)),
+        Case(
+            "conv2d-replicate",
+            nn.Conv2d(5, 6, (1, 3), stride=2, padding=(1, 1), padding_mode="replicate"),
+            (1, 5, 6, 6),
+        ),
         Case("conv2d-pointwise", nn.Conv2d(8, 6, 1, stride=2), (2, 8, 7, 7)),
         Case("conv2d-grouped", nn.Conv2d(8, 12, 3, padding=1, groups=2), (2, 8, 6, 6)),
         Case("conv2d-depthwise", nn.Conv2d(6, 6, 5, padding=2, groups=6), (2, 6, 9, 9)),

@@ -130,7 +130,9 @@ def test_no_candidate_is_larger_than_the_layer(case: Case, name: str):
 @each_name
 def test_every_dtype_is_kept(dtype: torch.dtype, name: str):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(256, 10))
+    model = nn.Sequential(
+        nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(256, 10)
+    )
     model = model.to(dtype).eval()
     x = torch.randn(1, 8, 6, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
     result = compress(model, x, decomposition=name, budget=Budget(params=0.6))

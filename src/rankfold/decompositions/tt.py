@@ -78,7 +78,9 @@ class Train:
         cut = discarded(self._energy(self._core))[np.ix_(ranks[0] - 1, ranks[-1] - 1)]
         errors = np.empty([len(axis) for axis in ranks])
         for middle in itertools.product(*(range(len(axis)) for axis in ranks[1:-1])):
-            residual = self._energy(self._core - self._projected([int(ranks[1 + k][at]) for k, at in enumerate(middle)]))
+            residual = self._energy(
+                self._core - self._projected([int(ranks[1 + k][at]) for k, at in enumerate(middle)])
+            )
             inside = residual.cumsum(0).cumsum(1).cpu().numpy()[np.ix_(ranks[0] - 1, ranks[-1] - 1)]
             place: tuple[slice | int, ...] = (slice(None), *middle, slice(None))
             errors[place] = cut + inside

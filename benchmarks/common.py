@@ -1,0 +1,66 @@
+"""What every benchmark shares: the data folder, the machine's name, and dated records."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankfold.data import Dataset, open_dataset
+from rankfold.models import Source, build_model, load_weights_
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Arguments with the folder of real networks and data, as RANKFOLD_DATA or --data."""
+    made = argparse.ArgumentParser(description=description.splitlines()[0])
+    made.add_argument("--data", type=Path, default=os.environ.get("RANKFOLD_DATA"), help="folder of networks and data")
+    return made
+
+
+def require_data(arguments: argparse.Namespace) -> Path:
+    """The data folder; ends with one line where it is not given."""
+    if arguments.data is None or not Path(arguments.data).is_dir():
+        sys.exit("give the folder of real networks and data with --data, or in RANKFOLD_DATA")
+    return Path(arguments.data)
+
+
+def network(folder: Path, name: str, weights: str, dataset: str) -> tuple[Source, Dataset]:
+    """A zoo network with its weights, and labelled data in its normalisation."""
+    source = build_model(f"zoo:{name}")
+    load_weights_(source.model, folder / "weights" / f"{weights}.safetensors")
+    assert source.input_shape is not None
+    assert source.normalisation is not None
+    return source, open_dataset(f"npz:{folder / dataset}", source.input_shape, source.normalisation)
+
+
+def machine() -> str:
+    """Processor, cores in use and torch version."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    processor = models[0] if models else platform.processor()
+    return f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}"
+
+
+def record(**values: Any) -> dict[str, Any]:
+    """A record with the command, the date and the machine that made it."""
+    command = f"python benchmarks/{Path(sys.argv[0]).name}"
+    return {**values, "command": command, "date": datetime.date.today().isoformat(), "machine": machine()}
+
+
+def write(records: list[dict[str, Any]]) -> None:
+    """The records as benchmarks/results/SCRIPT-DATE.json, and on standard output."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{Path(sys.argv[0]).stem}-{datetime.date.today().isoformat()}.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n")
+    partial.replace(path)
+    print(json.dumps(records, indent=2, ensure_ascii=False))

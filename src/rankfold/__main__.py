@@ -1,0 +1,5 @@
+"""`python -m rankfold` is the command `rankfold`."""
+
+from rankfold.cli import main
+
+main()
