@@ -53,7 +53,7 @@ Seed = Annotated[int, typer.Option(help="Seed of the initial weights, where no w
 
 errors = Console(stderr=True)
 
-UsageError = typer.BadParameter.__mro__[1]
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """The parser's own errors; typer carries its parser inside from 0.20 on, and none of its names is public."""
 
 

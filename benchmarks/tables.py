@@ -1,0 +1,105 @@
+"""Makes the documentation's tables from the newest records of every benchmark: README.md and docs/results.md."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def newest(name: str) -> list[dict[str, Any]]:
+    """The records of a benchmark's latest run; none where it was not run."""
+    paths = sorted(RESULTS.glob(f"{name}-*.json"))
+    records: list[dict[str, Any]] = json.loads(paths[-1].read_text()) if paths else []
+    return records
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, the first column flush left."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def accuracies(records: list[dict[str, Any]]) -> str:
+    """Accuracy records as a table."""
+    header = ["method", "top-1 %", "base", "MACs kept", "parameters kept", "seconds", "latency"]
+    rows = [
+        [
+            one["method"],
+            f"{one['top1']:.2f}",
+            f"{one['base_top1']:.2f}",
+            f"{100 * one['macs_kept']:.1f} %",
+            f"{100 * one['params_kept']:.1f} %",
+            f"{one['seconds']:.1f}",
+            f"{one['latency_ratio_batch64']:.2f}×" if "latency_ratio_batch64" in one else "–",
+        ]
+        for one in records
+    ]
+    return table(header, rows)
+
+
+def source(records: list[dict[str, Any]]) -> str:
+    """Where records come from, in a line."""
+    one = records[0]
+    examples = f"{one['data']}, {one['examples']:,} images; " if "examples" in one else ""
+    return f"{examples}`{one['command']}`, {one['date']}, {one['machine']}."
+
+
+def choices() -> str:
+    """Accuracy by balance and fit, a row per network and choice, a column per budget."""
+    records = newest("tucker_choices")
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for one in records:
+        budget = f"{round(100 * one['macs_kept'], -1):.0f} %"
+        cells.setdefault((one["model"], one["method"]), {})[budget] = f"{one['top1']:.1f}"
+    budgets = ["70 %", "60 %", "50 %", "40 %"]
+    rows = [
+        [f"{model}: {method}", *(cell.get(budget, "–") for budget in budgets)]
+        for (model, method), cell in cells.items()
+    ]
+    return table(["top-1 % at MACs kept", *budgets], rows)
+
+
+def facts(records: list[dict[str, Any]]) -> str:
+    """Records of any other kind as a table of all their numbers."""
+    hidden = {"command", "date", "machine", "runs"}
+    keys = list(dict.fromkeys(key for one in records for key in one if key not in hidden))
+    rows = [
+        [f"{one[k]:.4g}" if isinstance(one.get(k), float) else str(one.get(k, "–")) for k in keys] for one in records
+    ]
+    return table([key.replace("_", " ") for key in keys], rows)
+
+
+def main() -> None:
+    """Writes docs/results.md, and the README's table between its markers."""
+    sections = ["# Results\n\nMade by `python benchmarks/tables.py` from benchmarks/results; not to be edited."]
+    titles = {
+        "resnet20_frobenius": "ResNet-20 on CIFAR-10 at half the MACs, from the weights alone",
+        "tucker_choices": "Balanced ranks and the closed form, for Tucker and trains",
+        "speed": "Time and memory of compression",
+        "exact_search": "The exact search",
+        "layer_exactness": "Factorised layers against the dense layer with the reconstructed weight",
+    }
+    for name, title in titles.items():
+        records = newest(name)
+        if not records:
+            continue
+        body = (
+            choices() if name == "tucker_choices" else accuracies(records) if "top1" in records[0] else facts(records)
+        )
+        sections.append(f"## {title}\n\n{body}\n\n{source(records)}")
+    (ROOT / "docs").mkdir(exist_ok=True)
+    (ROOT / "docs" / "results.md").write_text("\n\n".join(sections) + "\n")
+    records = newest("resnet20_frobenius")
+    readme = ROOT / "README.md"
+    filled = f"<!-- results -->\n{accuracies(records)}\n\n{source(records)}\n<!-- /results -->"
+    text = re.sub(r"<!-- results -->(.*<!-- /results -->)?", lambda _: filled, readme.read_text(), flags=re.DOTALL)
+    readme.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
