@@ -56,7 +56,7 @@ def choices() -> str:
     for one in records:
         budget = f"{round(100 * one['macs_kept'], -1):.0f} %"
         cells.setdefault((one["model"], one["method"]), {})[budget] = f"{one['top1']:.1f}"
-    budgets = ["70 %", "60 %", "50 %", "40 %"]
+    budgets = ["70 %", "60 %", "50 %"]
     rows = [
         [f"{model}: {method}", *(cell.get(budget, "–") for budget in budgets)]
         for (model, method), cell in cells.items()

@@ -211,8 +211,6 @@ def _open_model(
     spec: str, weights: Path | None, input_shape: str | None, seed: int
 ) -> tuple[Any, Any, tuple[int, ...]]:
     """The network with its weights, an example batch of one, and the shape of one input."""
-    import torch
-
     from rankfold.models import build_model, load_weights_
 
     source = build_model(spec, seed=seed)
@@ -221,9 +219,7 @@ def _open_model(
     shape = _shape(input_shape) if input_shape else source.input_shape
     if shape is None:
         raise ModelError(f"{spec} does not say what inputs it takes; give --input-shape, for example 3,224,224")
-    dtype = next((p.dtype for p in source.model.parameters() if p.is_floating_point()), torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    return source.model, torch.randn(1, *shape, generator=generator).to(dtype), shape
+    return source.model, source.example(shape), shape
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -263,18 +259,15 @@ def _split(names: str) -> str | list[str]:
 
 @contextmanager
 def _progress(quiet: bool) -> Iterator[Any]:
-    """A progress callback that draws one bar per activity on standard error, once it has run for a second."""
+    """A progress callback that draws one bar per activity on standard error, and takes them away at the end."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    started: dict[str, float] = {}
     tasks: dict[str, Any] = {}
     with Progress(*columns, console=errors, transient=True, disable=quiet or not errors.is_terminal) as bars:
 
         def report(what: str, done: int, total: int) -> None:
-            began = started.setdefault(what, time.monotonic())
-            if what not in tasks and time.monotonic() - began > 1.0 and done < total:
+            if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total)
-            if what in tasks:
-                bars.update(tasks[what], completed=done, total=total)
+            bars.update(tasks[what], completed=done, total=total)
 
         yield report
 

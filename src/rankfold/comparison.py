@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from rankfold.artifact import digest, load, load_plan
@@ -78,10 +77,8 @@ def compare(
     dataset = open_dataset(data, shape, normalisation, normalise_floats=mean is not None or std is not None)
     if original:
         _load_original_(source.model, plan, weights)
-    dtype = next(p.dtype for p in student.parameters() if p.is_floating_point())
-    source.model.to(dtype)
-    example = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    dense_ms, student_ms = latency((source.model, student), example)
+    source.model.to(next(p.dtype for p in student.parameters() if p.is_floating_point()))
+    dense_ms, student_ms = latency((source.model, student), source.example(shape))
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     base = accuracy(source.model, dataset, what="scoring the original", **options) if original else None
     scored = accuracy(student, dataset, what="scoring the compressed model", **options)

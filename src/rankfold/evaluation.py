@@ -32,12 +32,12 @@ def accuracy(
     The model must return logits of shape (n, classes). Raises DataError where the data do not fit it.
     """
     first = fifth = 0
-    device = next(iter(model.parameters())).device
+    device, dtype = next((p.device, p.dtype) for p in model.parameters() if p.is_floating_point())
     with evaluating(model), torch.no_grad():
         for start in range(0, len(dataset), batch_size):
             progress(what, start, len(dataset))
             x, y = dataset.batch(start, start + batch_size)
-            logits = _logits(model, x.to(device), dataset.classes)
+            logits = _logits(model, x.to(device, dtype), dataset.classes)
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu()
             hits = best == y[:, None]
             first += int(hits[:, 0].sum())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import pickle
 import sys
 from collections.abc import Mapping
@@ -26,11 +27,22 @@ FORMS = "zoo:NAME, timm:NAME, torchvision:NAME, hf:NAME, package.module:factory 
 
 @dataclass(frozen=True)
 class Source:
-    """A network built from a MODEL spec, with what is known of its inputs."""
+    """A network built from a MODEL spec, with what is known of its inputs.
+
+    `vocabulary` is the number of tokens where inputs are token indices, and None where they are numbers.
+    """
 
     model: nn.Module
     input_shape: tuple[int, ...] | None
     normalisation: Normalisation | None
+    vocabulary: int | None = None
+
+    def example(self, shape: tuple[int, ...]) -> Tensor:
+        """A batch of one input of this shape: standard normal numbers from seed 0, or the first tokens in order."""
+        if self.vocabulary:
+            return torch.arange(math.prod(shape)).remainder(self.vocabulary).reshape(1, *shape)
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def build_model(spec: str, *, seed: int = 0) -> Source:
@@ -129,10 +141,14 @@ def _from_hf(name: str) -> Source:
         config = transformers.AutoConfig.from_pretrained(name)
         kind = transformers.AutoModel
         architecture = getattr(transformers, (config.architectures or [""])[0], None)
-        return Source((architecture or kind).from_pretrained(name), None, None)
+        model = (architecture or kind).from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"hf:{name} cannot be loaded: {reason}") from error
+    vocabulary, side = getattr(config, "vocab_size", None), getattr(config, "image_size", None)
+    if vocabulary:
+        return Source(model, (min(128, getattr(config, "max_position_embeddings", 128)),), None, vocabulary)
+    return Source(model, (getattr(config, "num_channels", 3), side, side) if isinstance(side, int) else None, None)
 
 
 def _from_factory(module: str, name: str) -> Source:

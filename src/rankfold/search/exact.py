@@ -41,10 +41,11 @@ def exact(problem: Problem) -> Selection:
     first = _solve(problem, near, gap=ENOUGH / 2)
     if first and first.objective <= bound * (1 + ENOUGH):
         return replace(first, bound=bound)
-    gap = (first.objective - bound) * (1 + 1e-9) + 1e-12 if first else np.inf
+    at_hand = min((plan.objective for plan in (rounded, first) if plan), default=np.inf)
+    gap = (at_hand - bound) * (1 + 1e-9) + 1e-12
     wider = [np.union1d(have, np.flatnonzero(part <= gap)) for have, part in zip(near, reduced, strict=True)]
     second = _solve(problem, wider, gap=1e-6 if sum(map(len, wider)) <= MANY else ENOUGH / 2)
-    plans = [plan for plan in (first, second) if plan]
+    plans = [plan for plan in (rounded, first, second) if plan]
     if not plans:
         raise BudgetError(f"the solver found no plan within {NODES} nodes; loosen the budget or use search='uniform'")
     best = min(plans, key=lambda plan: plan.objective)
