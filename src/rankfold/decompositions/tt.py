@@ -5,7 +5,7 @@ fixed orthonormal bases (those of the inputs and the outputs), the bonds between
 core in these bases. For every candidate the error counted is that of a train which exists: the core projected onto its
 leading singular vectors, cut to the leading rows and columns; `factors` then takes the best middle bonds for the cut
 core, which is never worse (TT-SVD). With one tap axis there is no bond in between, and this is Tucker-2. As there, the
-closed form is left as it is: what alternating least squares gains in error it more than loses in accuracy.
+closed form is left as it is.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Kim et al., arXiv 1511.06530. The closed form is the truncated higher-order SVD (De Lathauwer et al., SIAM J. Matrix
 Anal. Appl. 21, 2000) over outputs and inputs; its error at every pair of ranks is a sum over the core it leaves out.
 
-It is left as it is: alternating least squares (HOOI) lowers the weight's error by three percent, and the accuracy of
-the network with it (benchmarks/tucker_choices.py).
+It is left as it is: alternating least squares (HOOI) lowers the weight's error by three percent, and more often than
+not the accuracy of the network too (benchmarks/tucker_choices.py).
 """
 
 from __future__ import annotations
