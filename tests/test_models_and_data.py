@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from rankfold import Budget, DataError, ModelError, compress, zoo
 from rankfold.data import Normalisation, open_dataset
 from rankfold.demo import digits
 from rankfold.evaluation import accuracy, latency
+from rankfold.models import _import as optional
 from rankfold.models import build_model, load_weights_
 
 PLAIN = Normalisation((0.0,), (1.0,))
@@ -70,10 +70,6 @@ def test_state_dicts_of_torch_are_read_without_unpickling(tmp_path: Path):
 
 
 def test_timm_models_are_built_and_compressed():
-    for operator in ("nms", "qnms"):  # a torchvision built for another torch misses these; timm needs neither
-        with contextlib.suppress(RuntimeError):
-            torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou) -> Tensor")
-    pytest.importorskip("timm")
     source = build_model("timm:resnet10t")
     assert source.input_shape == (3, 176, 176)
     assert source.normalisation.mean == pytest.approx((0.485, 0.456, 0.406))
@@ -83,7 +79,7 @@ def test_timm_models_are_built_and_compressed():
 
 
 def test_hugging_face_models_are_built_and_compressed(tmp_path: Path):
-    transformers = pytest.importorskip("transformers")
+    transformers = optional("transformers", "hf")
     sizes = {
         "hidden_size": 32,
         "num_hidden_layers": 2,

@@ -59,7 +59,7 @@ def save(
         hint = "; free some space and save again" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
         raise ArtifactError(f"cannot write {target}: {error.strerror or error}; nothing was changed{hint}") from error
     except SafetensorError as error:
-        raise ArtifactError(f"cannot write {target}: {error}; nothing was changed") from error
+        raise ArtifactError(f"cannot write {target}: {error}; nothing was changed; free some space") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import math
@@ -200,9 +201,29 @@ def _configured(model: nn.Module) -> tuple[tuple[int, ...] | None, Normalisation
 
 
 def _import(module: str, extra: str) -> Any:
+    """An optional package, or one line on how to get it."""
+    _complete_torchvision()
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ModelError(f"this model needs {extra}: pip install 'rankfold[{extra}]' ({error})") from error
     except RuntimeError as error:
         raise ModelError(f"{module} does not work beside torch {torch.__version__}: {error}") from error
+
+
+def _complete_torchvision() -> None:
+    """Makes torchvision importable where its compiled part was built for another torch.
+
+    Then two operators of its detection models are missing, and importing it, or anything that imports it (timm,
+    transformers), fails. Declaring them is enough: no classifier calls them.
+    """
+    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        for operator in ("nms", "qnms"):
+            with contextlib.suppress(RuntimeError):
+                torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou) -> Tensor")
