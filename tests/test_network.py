@@ -215,3 +215,24 @@ def test_layers_found_under_hooks_are_freed_of_them_when_the_model_fails(small_c
     with pytest.raises(RuntimeError):
         find_layers(small_cnn, torch.zeros(1, 4, 8, 8))
     assert not any(module._forward_hooks for module in small_cnn.modules())
+
+
+class Recurrent(nn.Module):
+    """One block under two names, as in networks that share whole layers across their depth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(32, 32), nn.ReLU())
+        self.second = self.first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+def test_a_block_under_two_names_stays_one_block():
+    torch.manual_seed(0)
+    model, x = Recurrent().eval(), torch.randn(1, 32)
+    result = compress(model, x, decomposition="svd", budget=Budget(params=0.5))
+    assert result.plan.decomposed[0].aliases == ("second.0",)
+    assert result.model.first is result.model.second
+    assert result.after == cost_of(result.model, x)

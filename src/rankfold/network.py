@@ -233,15 +233,12 @@ def rebuild_(model: nn.Module, plan: Plan) -> None:
 
 def swap_(model: nn.Module, layer: LayerPlan, factors: tuple[Tensor, ...]) -> None:
     """Replaces a layer, at all its names, by stages around one set of factors, in place."""
-    name = cast(str, layer.decomposition)
-    weights: list[nn.Parameter] = []
-    replaced: dict[nn.Module, nn.Sequential] = {}
-    for path in (layer.name, *layer.aliases):
-        module = model.get_submodule(path)
-        if module not in replaced:
-            wiring = wiring_of(name, shape_of(module))
-            weights = weights or stage_weights(module, wiring, factors)
-            replaced[module] = factorised(module, wiring, layer.ranks, weights)
+    places = {path: model.get_submodule(path) for path in (layer.name, *layer.aliases)}  # before any of them is gone
+    first = places[layer.name]
+    wiring = wiring_of(cast(str, layer.decomposition), shape_of(first))
+    weights = stage_weights(first, wiring, factors)
+    replaced = {module: factorised(module, wiring, layer.ranks, weights) for module in dict.fromkeys(places.values())}
+    for path, module in places.items():
         parent_path, _, attribute = path.rpartition(".")
         parent = model.get_submodule(parent_path)
         setattr(parent, attribute, replaced[module])
