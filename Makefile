@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test env bench-table
+.PHONY: demo test env
 
 demo: env
 	$(BIN)/rankfold demo

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from rankfold import Result
 from rankfold.data import Dataset, open_dataset
+from rankfold.evaluation import Accuracy
 from rankfold.models import Source, build_model, load_weights_
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -54,6 +56,22 @@ def record(**values: Any) -> dict[str, Any]:
     """A record with the command, the date and the machine that made it."""
     command = f"python benchmarks/{Path(sys.argv[0]).name}"
     return {**values, "command": command, "date": datetime.date.today().isoformat(), "machine": machine()}
+
+
+def accuracy_record(method: str, result: Result, scored: Accuracy, base: Accuracy, **values: Any) -> dict[str, Any]:
+    """A record of a compressed network's accuracy; `values` say at least which `model` and `data` it is of."""
+    kept = result.after.kept(result.before)
+    return record(
+        method=method,
+        examples=scored.examples,
+        top1=round(scored.top1, 2),
+        base_top1=round(base.top1, 2),
+        macs_kept=round(kept["macs"], 4),
+        params_kept=round(kept["params"], 4),
+        seconds=round(result.seconds, 2),
+        error_reached=sum(layer.error for layer in result.plan.layers),
+        **values,
+    )
 
 
 def write(records: list[dict[str, Any]]) -> None:

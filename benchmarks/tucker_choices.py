@@ -12,7 +12,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from common import network, parser, record, require_data, write
+from common import accuracy_record, network, parser, require_data, write
 
 from rankfold import Budget, compress
 from rankfold.decompositions import DECOMPOSITIONS
@@ -36,22 +36,9 @@ def main() -> None:
                         source.model, torch.zeros(1, 3, 32, 32), decomposition=name, budget=Budget(macs=budget)
                     )
                 scored = accuracy(result.model, sample)
-                kept = result.after.kept(result.before)
                 ranks, fit = ("balanced" if balanced else "free"), ("closed form" if not sweeps else "ALS")
-                records.append(
-                    record(
-                        model=model,
-                        data="CIFAR-10 test, every eighth",
-                        examples=scored.examples,
-                        method=f"{name}, {ranks} ranks, {fit}",
-                        top1=round(scored.top1, 2),
-                        base_top1=round(base.top1, 2),
-                        macs_kept=round(kept["macs"], 4),
-                        params_kept=round(kept["params"], 4),
-                        seconds=round(result.seconds, 2),
-                        error_reached=round(sum(layer.error for layer in result.plan.layers), 4),
-                    )
-                )
+                method, data = f"{name}, {ranks} ranks, {fit}", "CIFAR-10 test, every eighth"
+                records.append(accuracy_record(method, result, scored, base, model=model, data=data))
     write(records)
 
 

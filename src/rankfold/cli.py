@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from rankfold import tables
-from rankfold.errors import BudgetError, DataError, ModelError, RankfoldError
+from rankfold.errors import DataError, ModelError, RankfoldError
 
 app = typer.Typer(
     name="rankfold",
@@ -247,7 +247,7 @@ def _decompositions(given: Sequence[str]) -> Any:
         pairs = [text.partition("=") for text in given]
         bare = [text for text, separator, _ in pairs if not separator]
         if bare:
-            raise BudgetError(f"--decomposition {bare[0]!r} has no pattern, others have; write '*={bare[0]}' last")
+            raise ModelError(f"--decomposition {bare[0]!r} has no pattern, others have; write '*={bare[0]}' last")
         return {pattern: _split(names) for pattern, _, names in pairs}
     return _split(",".join(given))
 

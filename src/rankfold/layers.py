@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rankfold.decompositions import Factors
-from rankfold.wiring import LayerShape, Stage, Wiring
+from rankfold.wiring import LayerShape, Stage, Wiring, product
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def stage_weights(module: nn.Module, wiring: Wiring, factors: Factors) -> list[n
         moved = factor.permute(0, *(1 + letters.index(axis) for axis in order))
         sizes = dict(zip(letters, factor.shape[1:], strict=True))
         kernel = [sizes[axis] if axis in stage.taps else 1 for axis in shape.axes]
-        rows = shape.groups * _size(sizes, stage.kept + first)
-        weight = moved.reshape(rows, _size(sizes, second), *kernel).to(original.device, original.dtype)
+        rows = shape.groups * product(sizes, stage.kept + first)
+        weight = moved.reshape(rows, product(sizes, second), *kernel).to(original.device, original.dtype)
         weights.append(nn.Parameter(weight.contiguous(), requires_grad=original.requires_grad))
     return weights
 
@@ -103,7 +103,7 @@ def factorised(
     carried = ""
     for stage, resized, weight in zip(wiring.stages, wiring.resized(shape), weights, strict=True):
         stages.extend(_move_bond(sizes, carried, stage, shape.groups))
-        stages.append(_stage_module(module, stage, resized, weight, groups=shape.groups * _size(sizes, stage.kept)))
+        stages.append(_stage_module(module, stage, resized, weight, groups=shape.groups * product(sizes, stage.kept)))
         carried = stage.carried
     stages[-1].register_parameter("bias", cast("nn.Parameter | None", module.bias))
     return nn.Sequential(*stages).train(module.training)
@@ -141,23 +141,12 @@ def _move_bond(sizes: dict[str, int], before: str, stage: Stage, groups: int) ->
     Channels are laid out (group, bonds…), which a grouped convolution needs; where there are several groups, a channel
     shuffle turns them inside for the reshape and out again behind it.
     """
-    carried = _size(sizes, stage.carried or before)
+    carried = product(sizes, stage.carried or before)
     if bool(stage.carried) == bool(before) or carried == 1:
         return []
+    channels = product(sizes, stage.kept + stage.summed)  # of one group, as the stage takes them
     if stage.carried:
-        rest = _size(sizes, stage.kept + stage.summed)
-        moves = [nn.Unflatten(1, (carried, rest * groups)), nn.Flatten(0, 1)]
-        inside, outside = groups, rest
+        moves = [nn.Unflatten(1, (carried, channels * groups)), nn.Flatten(0, 1)]
     else:
-        inside, outside = groups, _size(sizes, stage.kept + stage.summed)
         moves = [nn.Unflatten(0, (-1, carried)), nn.Flatten(1, 2)]
-    if groups == 1:
-        return list(moves)
-    return [nn.ChannelShuffle(inside), *moves, nn.ChannelShuffle(outside)]
-
-
-def _size(sizes: dict[str, int], letters: str) -> int:
-    product = 1
-    for letter in letters:
-        product *= sizes[letter]
-    return product
+    return moves if groups == 1 else [nn.ChannelShuffle(groups), *moves, nn.ChannelShuffle(channels)]

@@ -196,22 +196,20 @@ def apply_plan(model: nn.Module, plan: Plan, *, progress: Progress = silent) -> 
     """
     student = duplicate(model)
     reached = []
-    todo = len(plan.decomposed)
-    for layer in plan.layers:
+    for done, layer in enumerate(plan.layers):
+        progress("fitting factors", done, len(plan.layers))
         if layer.decomposition is None:
             reached.append(layer)
             continue
-        progress("fitting factors", len([r for r in reached if r.decomposition]), todo)
         module = _submodule(student, layer)
         shape = shape_of(module)
         wiring = wiring_of(layer.decomposition, shape)
         weight = weight_of(module)
         factors = fit(layer.decomposition, weight, shape, layer.ranks, layer=layer.name)
-        dtype = weight.dtype
-        stored = tuple(factor.to(dtype).double() for factor in factors)
+        stored = tuple(factor.to(weight.dtype).double() for factor in factors)
         swap_(student, layer, factors)
         reached.append(replace(layer, error=relative_error(weight.double(), wiring, stored)))
-    progress("fitting factors", todo, todo)
+    progress("fitting factors", len(plan.layers), len(plan.layers))
     return student, plan.with_layers(tuple(reached))
 
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -102,11 +102,6 @@ class Stage:
     carried: str
     taps: str
 
-    @property
-    def weight_axes(self) -> str:
-        """The order in which the factor's axes form a convolution's weight (out, in per group, taps)."""
-        return self.kept + self.opened + self.summed + self.taps
-
 
 @dataclass(frozen=True)
 class Wiring:
@@ -184,17 +179,17 @@ class Wiring:
         largest: list[Count] = []
         for bond in self.bonds:
             holders = [factor for factor in self.factors if bond in factor]
-            rests = [_product(sizes, factor.replace(bond, "")) for factor in holders]
+            rests = [product(sizes, factor.replace(bond, "")) for factor in holders]
             if len(holders) > 2:
                 rests = [math.prod(shape.kernel) * min(shape.outputs, shape.inputs)]
             arrays = any(isinstance(rest, np.ndarray) for rest in rests)
-            largest.append(reduce(np.minimum, rests) if arrays else min(rests))  # type: ignore[arg-type]
+            largest.append(reduce(np.minimum, rests) if arrays else min(rests))
         return largest
 
     def params(self, shape: LayerShape, ranks: Sequence[Count]) -> Count:
         """Entries of all factors of all groups; elementwise when `ranks` are arrays."""
         sizes = self.sizes(shape, ranks)
-        return sum(shape.groups * _product(sizes, factor) for factor in self.factors)  # type: ignore[return-value, misc]
+        return sum(shape.groups * product(sizes, factor) for factor in self.factors)
 
     def macs(self, shape: LayerShape, ranks: Sequence[Count]) -> Count:
         """Multiply-accumulates of all stages over all calls; elementwise when `ranks` are arrays."""
@@ -203,7 +198,7 @@ class Wiring:
         done = ""
         for factor, stage, resized in zip(self.factors, self.stages, self.resized(shape), strict=True):
             positions = shape.positions(done if shape.transposed else done + resized)
-            total = total + shape.groups * positions * _product(sizes, factor + stage.carried)
+            total = total + shape.groups * positions * product(sizes, factor + stage.carried)
             done += resized
         return total  # type: ignore[return-value]
 
@@ -212,8 +207,6 @@ MATRIX = Wiring(("Ai", "oA"))
 """Two factors and one bond: what every decomposition becomes where there are no taps, on Linear and 1×1 layers."""
 
 
-def _product(sizes: Mapping[str, int | Count], letters: str) -> int | Count:
-    product: int | Count = 1
-    for letter in letters:
-        product = product * sizes[letter]
-    return product
+def product(sizes: Mapping[str, Any], letters: str) -> Any:
+    """Product of the sizes of some letters, one for none: an integer, or an array where a size is one."""
+    return math.prod(sizes[letter] for letter in letters)
