@@ -29,7 +29,7 @@ def main() -> None:
     records = []
     for units in (("macs",), ("macs", "params")):
         for fraction in (0.7, 0.5, 0.3):
-            budget = Budget(**dict.fromkeys(units, fraction))
+            budget = Budget.parse([f"{unit}={fraction}" for unit in units])
             times = []
             for _ in range(3):
                 start = time.perf_counter()

@@ -12,9 +12,10 @@ from torch import nn
 from rankfold.budget import Cost
 from rankfold.curves import Curve, measure_layer
 from rankfold.layers import weight_of
-from rankfold.network import Inputs, Progress, check_model, cost_of, find_layers, silent
+from rankfold.network import Inputs, check_model, cost_of, find_layers
 from rankfold.pipeline import Decompositions, assign
 from rankfold.plan import LayerSpec
+from rankfold.progress import Progress, silent
 
 ENERGY = 0.9
 """Share of a layer's energy (one minus the squared relative error) at which savings are quoted."""

@@ -1,4 +1,4 @@
-"""What is counted (parameters, MACs, bytes) and the limits a user sets on it."""
+"""What is counted (parameters, MACs, bytes) and the limits a user sets on it, or on the error."""
 
 from __future__ import annotations
 
@@ -47,45 +47,85 @@ class Cost:
 
 @dataclass(frozen=True)
 class Budget:
-    """Upper limits on the compressed network, in one or several units at once.
+    """Upper limits on the compressed network, in one or several units at once, or on what it loses.
 
     Each limit is a fraction of the original network (a float in (0, 1], or "50%") or an absolute count (an integer, or
-    a text with a unit: "300M" parameters or MACs, "12MB" or "12MiB" bytes). Raises BudgetError for anything else.
+    a text with a unit: "300M" parameters or MACs, "12MB" or "12MiB" bytes). With these alone the plan of least error is
+    sought. `error` limits the squared relative error, in the plan's metric and as the mean over the layers that can be
+    decomposed; then the cheapest plan is sought, counted in `minimise` (MACs, unless said otherwise), within the other
+    limits where there are any. Raises BudgetError for anything else.
     """
 
     params: Limit | None = None
     macs: Limit | None = None
     bytes: Limit | None = None
+    error: float | str | None = None
+    minimise: str | None = None
 
     def __post_init__(self) -> None:
         if not self.given:
-            raise BudgetError("the budget is empty; state at least one of params, macs, bytes, for example macs=0.5")
-        for unit, limit in self.given.items():
-            _parse(unit, limit)
+            raise BudgetError(
+                "the budget is empty; state at least one of params, macs, bytes and error, for example macs=0.5"
+            )
+        if self.minimise is not None and self.error is None:
+            raise BudgetError(f"minimise={self.minimise} needs a limit on the error; add one, for example error=0.05")
+        if self.minimise is not None and self.minimise not in UNITS:
+            raise UnknownNameError("unit to minimise", self.minimise, UNITS)
+        for unit in UNITS:
+            if unit in self.given:
+                _parse(unit, self.given[unit])
+        if self.error is not None and not 0 < self.largest_error < 1:
+            raise BudgetError(
+                f"budget error={self.error} is not between 0 and 1; it is the mean squared relative error of the "
+                "layers, for example 0.05"
+            )
 
     @property
     def given(self) -> dict[str, Limit]:
-        """The limits that were stated, by unit."""
+        """What was stated, by name."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
+    @property
+    def largest_error(self) -> float:
+        """The limit on the mean squared relative error; infinite where none was stated."""
+        if self.error is None:
+            return math.inf
+        try:
+            return float(self.error)
+        except ValueError:
+            raise BudgetError(f"budget error={self.error!r} is not a number such as 0.05") from None
+
+    @property
+    def minimised(self) -> str:
+        """What the best plan has least of: "error", or a unit where the error is what is limited."""
+        return "error" if self.error is None else self.minimise or "macs"
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """The units of cost that matter to the search."""
+        return tuple(unit for unit in UNITS if unit in self.given or unit == self.minimised)
+
     def limits(self, original: Cost) -> dict[str, int]:
-        """The largest count allowed per stated unit, for a network that costs `original`."""
+        """The largest count allowed per limited unit, for a network that costs `original`."""
         limits = {}
-        for unit, limit in self.given.items():
-            value = _parse(unit, limit)
+        for unit in UNITS:
+            if unit not in self.given:
+                continue
+            value = _parse(unit, self.given[unit])
             limits[unit] = math.floor(value * getattr(original, unit)) if isinstance(value, float) else value
         return limits
 
     @classmethod
     def parse(cls, texts: list[str]) -> Budget:
-        """The budget spelled by texts such as "macs=0.5" or "bytes=12MB", one unit each."""
-        limits: dict[str, Limit] = {}
+        """The budget spelled by texts such as "macs=0.5", "bytes=12MB", "error=0.05" or "minimise=params"."""
+        limits: dict[str, str] = {}
+        known = tuple(f.name for f in fields(cls))
         for text in texts:
             unit, separator, value = (part.strip() for part in text.partition("="))
             if not separator or not value:
                 raise BudgetError(f"budget {text!r} is not of the form UNIT=LIMIT, for example macs=0.5 or bytes=12MB")
-            if unit not in UNITS:
-                raise UnknownNameError("budget unit", unit, UNITS)
+            if unit not in known:
+                raise UnknownNameError("budget unit", unit, known)
             if unit in limits:
                 raise BudgetError(f"budget {unit} is stated twice ({limits[unit]} and {value}); keep one")
             limits[unit] = value

@@ -15,8 +15,8 @@ from rankfold.data import Normalisation, open_dataset
 from rankfold.errors import ArtifactError, ModelError
 from rankfold.evaluation import Accuracy, accuracy, latency
 from rankfold.models import Source, build_model, load_weights_
-from rankfold.network import Progress, silent
 from rankfold.plan import Plan
+from rankfold.progress import Progress, silent
 
 
 @dataclass(frozen=True)

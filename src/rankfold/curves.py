@@ -3,13 +3,17 @@
 A candidate is dropped when another of the same layer is no worse in the error and in every cost of the stated units. In
 any plan that uses it, the other one can stand in its place, so nothing better is lost. What the grids leave out before
 that is said where they are made (`Train.grid`, `RingExpansion.grids`).
+
+Where the closed form is far from the best (CP, rings), a candidate's error is known once it is fitted. A curve starts
+with a few fits and interpolates between them; `visit` fits more, where a search wants to be sure.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rankfold.budget import UNITS
-from rankfold.decompositions import DECOMPOSITIONS, Expansion, Grid, expand, relative_error, wiring_of
+from rankfold.decompositions import DECOMPOSITIONS, Expansion, Grid, expand, fit, relative_error, wiring_of
 from rankfold.decompositions.als import alternate
 from rankfold.plan import LayerSpec
 
@@ -32,11 +36,23 @@ FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class Fit:
+    """A candidate that was fitted: its ranks, its parameters, and its error as a share of the closed form's."""
+
+    ranks: tuple[int, ...]
+    params: int
+    ratio: float
+
+
+@dataclass(frozen=True)
 class Curve:
     """A layer's candidates, cheapest last; the first is always the layer as it is, at error zero.
 
     `tried` are the decompositions that were asked for. `methods[k]` is the decomposition's name (None: dense),
     `ranks[k]` one rank per bond, `errors[k]` the squared relative error, `costs[unit][k]` the weight's cost.
+    `closed[k]` is the error of the closed form, which `errors` equals where the decomposition needs no fit; elsewhere
+    it is scaled by what the `fits` of the same decomposition reached. `weight` is the weight that was measured, None
+    where the errors are given and final.
     """
 
     layer: LayerSpec
@@ -45,9 +61,19 @@ class Curve:
     ranks: tuple[tuple[int, ...], ...]
     errors: FloatArray
     costs: dict[str, IntArray]
+    closed: FloatArray = field(default_factory=lambda: np.empty(0))
+    fits: Mapping[str, tuple[Fit, ...]] = field(default_factory=dict)
+    weight: Float[Tensor, "g o i *taps"] | None = None
 
     def __len__(self) -> int:
         return len(self.errors)
+
+    def settled(self, k: int) -> bool:
+        """Whether the error of a candidate is known, and not interpolated between others."""
+        method = self.methods[k]
+        if method is None or self.weight is None or not needs_fit(method, self.layer):
+            return True
+        return any(one.ranks == self.ranks[k] for one in self.fits.get(method, ()))
 
 
 @dataclass(frozen=True)
@@ -57,7 +83,9 @@ class _Candidates:
     name: str
     ranks: IntArray
     errors: FloatArray
+    closed: FloatArray
     costs: dict[str, IntArray]
+    fits: tuple[Fit, ...] = ()
 
 
 def measure_layer(
@@ -77,8 +105,31 @@ def measure_layer(
         seen.add(wiring)
         expansion = expand(name, weight, layer.shape)
         candidates = _joined([_candidates(name, layer, grid, units) for grid in expansion.grids()], units)
-        parts.append(_fitted(candidates, weight, expansion) if layer.shape.taps else candidates)
-    return _merged(layer, tuple(names), parts, units)
+        parts.append(_fitted(candidates, weight, expansion) if needs_fit(name, layer) else candidates)
+    return replace(_merged(layer, tuple(names), parts, units), weight=weight)
+
+
+def needs_fit(name: str, layer: LayerSpec) -> bool:
+    """Whether a decomposition's closed form on a layer is only a start."""
+    return bool(layer.shape.taps) and DECOMPOSITIONS[name].knots > 0
+
+
+def visit(curve: Curve, places: Sequence[int]) -> Curve:
+    """The curve once the candidates at `places` are fitted, and those between them interpolated anew."""
+    fits = {name: list(known) for name, known in curve.fits.items()}
+    for k in places:
+        if curve.settled(k):
+            continue
+        method, weight = cast(str, curve.methods[k]), cast(Tensor, curve.weight)
+        factors = fit(method, weight, curve.layer.shape, curve.ranks[k], layer=curve.layer.name)
+        reached = relative_error(weight.double(), wiring_of(method, curve.layer.shape), factors)
+        ratio = min(reached / max(float(curve.closed[k]), 1e-300), 1.0)
+        fits.setdefault(method, []).append(Fit(curve.ranks[k], int(curve.costs["params"][k]), ratio))
+    errors = curve.closed.copy()
+    for method, known in fits.items():
+        own = np.array([name == method for name in curve.methods])
+        errors[own] *= _ratios(curve.costs["params"][own], known)
+    return replace(curve, errors=errors, fits={name: tuple(known) for name, known in fits.items()})
 
 
 def smallest_form(layer: LayerSpec, name: str) -> str:
@@ -144,9 +195,8 @@ def _candidates(name: str, layer: LayerSpec, grid: Grid, units: Sequence[str]) -
         smaller |= costs[unit] < getattr(layer.dense, unit)
     chosen = np.flatnonzero(fits & smaller)
     front = chosen[pareto(errors[chosen], [costs[unit][chosen] for unit in units])]
-    return _Candidates(
-        name, np.stack(ranks, 1)[front], errors[front], {unit: cost[front] for unit, cost in costs.items()}
-    )
+    kept = {unit: cost[front] for unit, cost in costs.items()}
+    return _Candidates(name, np.stack(ranks, 1)[front], errors[front], errors[front], kept)
 
 
 def _merged(layer: LayerSpec, tried: tuple[str, ...], parts: Sequence[_Candidates], units: Sequence[str]) -> Curve:
@@ -155,6 +205,7 @@ def _merged(layer: LayerSpec, tried: tuple[str, ...], parts: Sequence[_Candidate
     methods: list[str | None] = [None, *(part.name for part in parts for _ in part.errors)]
     ranks = [(), *(tuple(map(int, row)) for part in parts for row in part.ranks)]
     errors = np.concatenate([[0.0], *(part.errors for part in parts)])
+    closed = np.concatenate([[0.0], *(part.closed for part in parts)])
     costs = {
         unit: np.concatenate([[getattr(dense, unit)], *(part.costs[unit] for part in parts)]).astype(np.int64)
         for unit in UNITS
@@ -168,6 +219,8 @@ def _merged(layer: LayerSpec, tried: tuple[str, ...], parts: Sequence[_Candidate
         tuple(ranks[k] for k in front),
         errors[front],
         {unit: cost[front] for unit, cost in costs.items()},
+        closed[front],
+        {part.name: part.fits for part in parts if part.fits},
     )
 
 
@@ -190,7 +243,8 @@ def _joined(parts: Sequence[_Candidates], units: Sequence[str]) -> _Candidates:
     costs = {unit: np.concatenate([part.costs[unit] for part in parts]) for unit in UNITS}
     front = pareto(errors, [costs[unit] for unit in units])
     ranks = np.concatenate([part.ranks for part in parts])[front]
-    return _Candidates(parts[0].name, ranks, errors[front], {unit: cost[front] for unit, cost in costs.items()})
+    kept = {unit: cost[front] for unit, cost in costs.items()}
+    return _Candidates(parts[0].name, ranks, errors[front], errors[front], kept)
 
 
 def _fitted(candidates: _Candidates, weight: Tensor, expansion: Expansion) -> _Candidates:
@@ -200,18 +254,26 @@ def _fitted(candidates: _Candidates, weight: Tensor, expansion: Expansion) -> _C
     the logarithm of the parameters.
     """
     method = DECOMPOSITIONS[candidates.name]
-    if not method.knots or not len(candidates.errors):
+    if not len(candidates.errors):
         return candidates
-    size = np.log(candidates.costs["params"])
+    params = candidates.costs["params"]
+    size = np.log(params)
     targets = size.max() + np.log(np.geomspace(1 / 16, 3 / 4, method.knots))
     knots = np.unique([int(np.abs(size - target).argmin()) for target in targets])
     exact_weight = weight.double()
-    ratios = []
+    fits = []
     for knot in knots:
-        factors = expansion.factors([int(rank) for rank in candidates.ranks[knot]])
-        factors = alternate(exact_weight, expansion.wiring, factors, sweeps=method.sweeps // 3)
+        ranks = tuple(int(rank) for rank in candidates.ranks[knot])
+        factors = alternate(exact_weight, expansion.wiring, expansion.factors(ranks), sweeps=method.sweeps // 3)
         reached = relative_error(exact_weight, expansion.wiring, factors)
-        ratios.append(min(reached / max(candidates.errors[knot], 1e-300), 1.0))
-    order = np.argsort(size[knots])
-    scale = np.interp(size, size[knots][order], np.array(ratios)[order])
-    return replace(candidates, errors=candidates.errors * scale)
+        fits.append(Fit(ranks, int(params[knot]), min(reached / max(candidates.closed[knot], 1e-300), 1.0)))
+    return replace(candidates, errors=candidates.closed * _ratios(params, fits), fits=tuple(fits))
+
+
+def _ratios(params: IntArray, fits: Sequence[Fit]) -> FloatArray:
+    """The fits' ratios, interpolated over the logarithm of the parameters; of fits of one size the best counts."""
+    best: dict[int, float] = {}
+    for one in fits:
+        best[one.params] = min(one.ratio, best.get(one.params, 1.0))
+    sizes = sorted(best)
+    return np.interp(np.log(params), np.log(sizes), [best[size] for size in sizes])

@@ -15,8 +15,8 @@ from rankfold.budget import Budget, Cost
 from rankfold.data import Dataset, Normalisation, open_dataset
 from rankfold.evaluation import accuracy, latency
 from rankfold.models import load_weights_
-from rankfold.network import Progress, silent
 from rankfold.pipeline import compress
+from rankfold.progress import Progress, silent
 from rankfold.zoo import entry
 
 BUDGETS = (0.7, 0.5, 0.3)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from rankfold.data import Dataset
 from rankfold.errors import DataError
-from rankfold.network import Inputs, Progress, describe_inputs, evaluating, run, silent
+from rankfold.network import Inputs, describe_inputs, evaluating, run
+from rankfold.progress import Progress, silent
 
 
 @dataclass(frozen=True)

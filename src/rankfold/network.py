@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -21,17 +21,11 @@ from rankfold.decompositions import fit, relative_error, wiring_of
 from rankfold.errors import ModelError, PlanError, UnknownNameError
 from rankfold.layers import FLOATS, LAYER_KINDS, factorised, shape_of, stage_weights, weight_of
 from rankfold.plan import LayerPlan, LayerSpec, Plan
+from rankfold.progress import Progress, silent
 from rankfold.wiring import Call
 
 Inputs = Any
 """Example inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many steps are done, and how many there are."""
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """A progress report that nobody reads."""
 
 
 @dataclass(frozen=True)

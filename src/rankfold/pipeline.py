@@ -18,18 +18,18 @@ from rankfold.layers import weight_of
 from rankfold.network import (
     Inputs,
     Layers,
-    Progress,
     apply_plan,
     check_model,
     cost_of,
     find_layers,
     matches,
     run,
-    silent,
 )
 from rankfold.plan import LayerPlan, LayerSpec, Plan
-from rankfold.search import Problem
+from rankfold.progress import Progress, silent
+from rankfold.search import Problem, Search, settle
 from rankfold.search import search as known_search
+from rankfold.search.trace import Trace
 
 Decompositions = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 """A name, several to choose from layer by layer, "auto" for all, or a mapping from name patterns to any of these."""
@@ -40,12 +40,13 @@ class Result:
     """A compressed network and what was done to it.
 
     `before` and `after` are costs of the whole network, `seconds` the wall time of the compression; the plan holds the
-    same layer by layer.
+    same layer by layer. `trace` is the history of the search, where it keeps one.
     """
 
     model: nn.Module
     plan: Plan
     seconds: float
+    trace: Trace | None = None
 
     @property
     def before(self) -> Cost:
@@ -64,12 +65,14 @@ def compress(
     *,
     decomposition: Decompositions = "tucker",
     budget: Budget,
-    search: str = "exact",
+    search: str | Search = "exact",
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Result:
     """A smaller network within `budget`, with a rank chosen for every layer; `model` is left untouched.
+
+    `search` is a name of `rankfold.search.SEARCHES`, or a search of your own settings, such as `Rene(...)`.
 
     `example_inputs` is a tensor, a tuple of positional or a dict of keyword arguments; MACs are counted for one pass
     over them, so give a batch of one to read them per example. `include` and `exclude` are glob patterns over layer
@@ -81,16 +84,14 @@ def compress(
     before = cost_of(model, example_inputs)
     layers = find_layers(model, example_inputs, include=include, exclude=exclude)
     choices, layers = assign(layers, decomposition)
-    curves = measure(model, layers, choices, units=tuple(budget.given), progress=progress)
-    progress("searching ranks", 0, 1)
-    plan = make_plan(curves, layers, before, budget=budget, search=search)
-    progress("searching ranks", 1, 1)
+    curves = measure(model, layers, choices, units=budget.units, progress=progress)
+    plan, trace = search_plan(curves, layers, before, budget=budget, search=search, progress=progress)
     plan = replace(plan, settings={**plan.settings, "decomposition": _as_json(decomposition)})
     student, plan = apply_plan(model, plan, progress=progress)
     measured = _verified_cost(model, student, plan, example_inputs)
     if measured != plan.after:
         raise RankfoldError(f"the plan predicts {plan.after}, the compressed model has {measured}: please report this")
-    return Result(student, plan, time.perf_counter() - start)
+    return Result(student, plan, time.perf_counter() - start, trace)
 
 
 def assign(layers: Layers, decomposition: Decompositions) -> tuple[dict[str, tuple[str, ...]], Layers]:
@@ -140,25 +141,60 @@ def measure(
     return tuple(curves)
 
 
-def make_plan(curves: Sequence[Curve], layers: Layers, before: Cost, *, budget: Budget, search: str = "exact") -> Plan:
+def make_plan(
+    curves: Sequence[Curve], layers: Layers, before: Cost, *, budget: Budget, search: str | Search = "exact"
+) -> Plan:
     """The plan a search finds within the budget; raises BudgetError, naming the smallest feasible one, if none is."""
-    dense = reduce(Cost.__add__, (curve.layer.dense for curve in curves), Cost(0, 0, 0))
-    fixed = before - dense
-    useful = tuple(curve for curve in curves if len(curve) > 1)
-    kept_whole = reduce(Cost.__add__, (curve.layer.dense for curve in curves if len(curve) == 1), Cost(0, 0, 0))
-    problem = Problem(useful, budget.limits(before), fixed + kept_whole, before)
-    selection = known_search(search)(problem)
-    planned = tuple(_planned(curve, k) for curve, k in zip(useful, selection.choices, strict=True))
+    return search_plan(curves, layers, before, budget=budget, search=search)[0]
+
+
+def search_plan(
+    curves: Sequence[Curve],
+    layers: Layers,
+    before: Cost,
+    *,
+    budget: Budget,
+    search: str | Search = "exact",
+    progress: Progress = silent,
+) -> tuple[Plan, Trace | None]:
+    """The plan a search finds within the budget, and the search's history; raises BudgetError where there is none.
+
+    Where the budget limits the error, every chosen candidate is fitted before it is relied on.
+    """
+    progress("searching ranks", 0, 1)
+    problem = pose(curves, before, budget)
+    find = known_search(search) if isinstance(search, str) else search
+    selection = settle(problem, find, progress) if budget.error is not None else find(problem, progress)
+    progress("searching ranks", 1, 1)
+    chosen = selection.curves or problem.curves
+    planned = tuple(_planned(curve, k) for curve, k in zip(chosen, selection.choices, strict=True))
     after = reduce(Cost.__add__, (layer.after for layer in planned), problem.fixed)
     settings = {
-        "search": search,
+        "search": search if isinstance(search, str) else repr(search),
         "budget": dict(budget.given),
         "metric": "frobenius",
+        "minimised": problem.minimise,
         "objective": selection.objective,
         "bound": selection.bound,
     }
     hopeless = {curve.layer.name: no_gain(curve) for curve in curves if len(curve) == 1}
-    return Plan(planned, {**layers.skipped, **hopeless}, before, after, settings)
+    return Plan(planned, {**layers.skipped, **hopeless}, before, after, settings), selection.trace
+
+
+def pose(curves: Sequence[Curve], before: Cost, budget: Budget) -> Problem:
+    """The search problem of a budget: which candidate for each curve that has a choice."""
+    dense = reduce(Cost.__add__, (curve.layer.dense for curve in curves), Cost(0, 0, 0))
+    fixed = before - dense
+    useful = tuple(curve for curve in curves if len(curve) > 1)
+    kept_whole = reduce(Cost.__add__, (curve.layer.dense for curve in curves if len(curve) == 1), Cost(0, 0, 0))
+    return Problem(
+        useful,
+        budget.limits(before),
+        fixed + kept_whole,
+        before,
+        error=budget.largest_error * len(useful),
+        minimise=budget.minimised,
+    )
 
 
 def no_gain(curve: Curve) -> str:

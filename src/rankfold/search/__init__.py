@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from rankfold.errors import UnknownNameError
-from rankfold.search.baselines import energy, uniform
+from rankfold.search.baselines import energy, greedy, uniform
+from rankfold.search.evbmf import evbmf
 from rankfold.search.exact import exact
 from rankfold.search.problem import Problem, Search, Selection
+from rankfold.search.settle import settle
 
-__all__ = ["SEARCHES", "Problem", "Search", "Selection", "search"]
+__all__ = ["SEARCHES", "Problem", "Search", "Selection", "search", "settle"]
 
-SEARCHES: dict[str, Search] = {"exact": exact, "uniform": uniform, "energy": energy}
+SEARCHES: dict[str, Search] = {
+    "exact": exact,
+    "uniform": uniform,
+    "energy": energy,
+    "greedy": greedy,
+    "evbmf": evbmf,
+}
 
 
 def search(name: str) -> Search:

@@ -1,9 +1,10 @@
 """The best plan there is: a multiple-choice knapsack, solved as a mixed-integer linear programme, with a proven bound.
 
-Minimise Σ errors over one candidate per layer, subject to the limits (Kellerer, Pferschy and Pisinger, Knapsack
-Problems, 2004, chapter 11). The linear relaxation prices the units. A plan read off it is often within 0.02 % of the
-relaxation, and then it is taken; otherwise the integer programme is solved, first over the candidates of least reduced
-cost, then over every candidate whose reduced cost is below the gap that is left: no other can be part of a better plan.
+Minimise the sum of values (errors, or costs where the error is limited) over one candidate per layer, within the limits
+(Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, chapter 11). The linear relaxation prices what is limited. A
+plan read off it is often within 0.02 % of the relaxation, and then it is taken; otherwise the integer programme is
+solved, first over the candidates of least reduced cost, then over every candidate whose reduced cost is below the gap
+that is left: no other can be part of a better plan.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import scipy.optimize
 
 from rankfold.curves import Curve, FloatArray, IntArray
 from rankfold.errors import BudgetError
-from rankfold.search.problem import Problem, Selection, check_feasible, costs_of, membership
+from rankfold.progress import Progress, silent
+from rankfold.search.problem import Problem, Selection, check_feasible, membership, shares_of
+from rankfold.search.rounding import polished, repaired
 
 START = 24
 """Candidates per layer in the first integer programme: those of least reduced cost."""
-SWAPS = 64
-"""Candidates per layer that a swap may take."""
 ENOUGH = 2e-4
 """Relative gap to the linear relaxation at which the first plan is taken: no plan is better by more than this."""
 MANY = 2000
@@ -29,8 +30,8 @@ NODES = 1000
 """Branch-and-bound nodes after which a programme stops in any case; the bound then says how far it got."""
 
 
-def exact(problem: Problem) -> Selection:
-    """The plan of least total error within the limits, with a lower bound that proves how good it is."""
+def exact(problem: Problem, progress: Progress = silent, /) -> Selection:
+    """The best plan within the limits, with a lower bound on the objective that proves how good it is."""
     check_feasible(problem)
     if not problem.curves:
         return Selection((), 0.0, 0.0)
@@ -55,10 +56,10 @@ def exact(problem: Problem) -> Selection:
 
 def _relax(problem: Problem) -> tuple[float, list[FloatArray], Selection | None]:
     """The linear relaxation: its objective, every candidate's reduced cost per curve, and the plan nearest to it."""
-    errors = np.concatenate([curve.errors for curve in problem.curves])
-    shares = np.array([costs_of(problem.curves, unit) / max(problem.room(unit), 1) for unit in problem.units])
+    values = np.concatenate([problem.values(curve) for curve in problem.curves])
+    shares = shares_of(problem, problem.curves)
     result = scipy.optimize.linprog(
-        errors,
+        values,
         A_ub=shares,
         b_ub=np.ones(len(shares)),
         A_eq=membership(problem.curves),
@@ -69,7 +70,7 @@ def _relax(problem: Problem) -> tuple[float, list[FloatArray], Selection | None]
     if result.status != 0:
         raise BudgetError(f"the linear relaxation of the budget was not solved: {result.message}")
     sizes = [len(curve) for curve in problem.curves]
-    priced = errors - result.ineqlin.marginals @ shares - np.repeat(result.eqlin.marginals, sizes)
+    priced = values - result.ineqlin.marginals @ shares - np.repeat(result.eqlin.marginals, sizes)
     cuts = np.cumsum(sizes)[:-1]
     reduced = np.split(np.maximum(priced, 0.0), cuts)
     return float(result.fun), reduced, _rounded(problem, np.split(result.x, cuts), reduced, bound=float(result.fun))
@@ -80,39 +81,17 @@ def _rounded(
 ) -> Selection | None:
     """A plan made of the relaxation: of a layer's fractional candidates the cheapest, then swaps while they help.
 
-    A swap moves two layers at once, one of which may stay, to candidates of least reduced cost. The relaxation splits
-    no more layers than there are limits, so on a large network this comes very close.
+    The relaxation splits no more layers than there are limits, so on a large network this comes very close.
     """
     choices = []
     for curve, share in zip(problem.curves, shares, strict=True):
         used = np.flatnonzero(share > 1e-9)
         choices.append(int(used[problem.pressure(curve)[used].argmin()]))
-    if not problem.fits(choices):
+    start = repaired(problem, choices)
+    if start is None:
         return None
-    near = [np.argsort(part, kind="stable")[:SWAPS] for part in reduced]
-    layers = np.repeat(np.arange(len(near)), [len(part) for part in near])
-    places = np.concatenate(near)
-    errors = np.concatenate([curve.errors[part] for curve, part in zip(problem.curves, near, strict=True)])
-    costs = [
-        np.concatenate([curve.costs[unit][part] for curve, part in zip(problem.curves, near, strict=True)])
-        for unit in problem.units
-    ]
-    while True:
-        now = [problem.curves[k].errors[choices[k]] for k in range(len(choices))]
-        gains = np.take(now, layers) - errors
-        moves = (gains[:, None] + gains) * (layers[:, None] != layers)  # one layer cannot move twice
-        moves += np.diag(gains)
-        for unit, cost in zip(problem.units, costs, strict=True):
-            held = np.take([curve.costs[unit][k] for curve, k in zip(problem.curves, choices, strict=True)], layers)
-            more = cost - held
-            together = more[:, None] + more
-            np.fill_diagonal(together, more)
-            moves[together > problem.room(unit) - problem.used(choices, unit)] = 0.0
-        first, second = np.unravel_index(int(moves.argmax()), moves.shape)
-        if moves[first, second] <= 1e-12 * max(bound, 1e-9):
-            return Selection(tuple(choices), problem.objective(choices), bound)
-        for move in (int(first), int(second)):
-            choices[layers[move]] = int(places[move])
+    polish = polished(problem, start, reduced)
+    return Selection(polish, problem.objective(polish), bound)
 
 
 def _solve(problem: Problem, kept: list[IntArray], *, gap: float) -> Selection | None:
@@ -121,16 +100,16 @@ def _solve(problem: Problem, kept: list[IntArray], *, gap: float) -> Selection |
     The solver's constraints hold to a tolerance, a budget holds exactly: limits are tightened until they do.
     """
     curves = [_subset(curve, chosen) for curve, chosen in zip(problem.curves, kept, strict=True)]
-    errors = np.concatenate([curve.errors for curve in curves])
-    shares = np.array([costs_of(curves, unit) / max(problem.room(unit), 1) for unit in problem.units])
+    values = np.concatenate([problem.values(curve) for curve in curves])
+    shares = shares_of(problem, curves)
     for slack in (0.0, 1e-9, 1e-7, 1e-6, 1e-5):
         result = scipy.optimize.milp(
-            errors,
+            values,
             constraints=[
                 scipy.optimize.LinearConstraint(membership(curves), 1, 1),
                 scipy.optimize.LinearConstraint(shares, -np.inf, 1.0 - slack),
             ],
-            integrality=np.ones(len(errors), dtype=np.int64),
+            integrality=np.ones(len(values), dtype=np.int64),
             bounds=scipy.optimize.Bounds(0, 1),
             options={"mip_rel_gap": gap, "node_limit": NODES},
         )

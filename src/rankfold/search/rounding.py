@@ -1,0 +1,97 @@
+"""From nearly a plan to a plan: repair what breaks a limit, then swap candidates while that helps.
+
+A swap moves two layers at once, one of which may stay, to candidates of low price. Local search of this kind is what
+closes the gap between a Lagrangian or linear relaxation and the multiple-choice knapsack (Kellerer, Pferschy and
+Pisinger, Knapsack Problems, 2004, chapter 11).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rankfold.curves import FloatArray, IntArray
+from rankfold.search.problem import Problem
+
+SWAPS = 64
+"""Candidates per layer that a swap may take."""
+
+
+def polished(
+    problem: Problem,
+    choices: Sequence[int],
+    prices: Sequence[FloatArray],
+    *,
+    values: Sequence[FloatArray] | None = None,
+) -> tuple[int, ...]:
+    """The choices after every swap of one or two layers that lowers the sum of `values` and keeps the limits.
+
+    A layer moves to one of its `SWAPS` candidates of least price. `values` are the problem's own unless given. The
+    choices must keep the limits at the start.
+    """
+    chosen = list(choices)
+    values = values or [problem.values(curve) for curve in problem.curves]
+    near = [np.argsort(price, kind="stable")[:SWAPS] for price in prices]
+    layers = np.repeat(np.arange(len(near)), [len(part) for part in near])
+    places = np.concatenate(near)
+    added = _at(values, near)
+    used = {what: _at([problem.amounts(curve, what) for curve in problem.curves], near) for what in problem.limited}
+    smallest = 1e-12 * max(sum(float(value[k]) for value, k in zip(values, chosen, strict=True)), 1e-9)
+    while True:
+        now = np.array([value[k] for value, k in zip(values, chosen, strict=True)])
+        gains = now[layers] - added
+        moves = (gains[:, None] + gains) * (layers[:, None] != layers)  # one layer cannot move twice
+        moves += np.diag(gains)
+        for what, amounts in used.items():
+            held = np.array([problem.amounts(c, what)[k] for c, k in zip(problem.curves, chosen, strict=True)])
+            more = amounts - held[layers]
+            together = more[:, None] + more
+            np.fill_diagonal(together, more)
+            moves[together > problem.room(what) - problem.used(chosen, what)] = 0.0
+        first, second = np.unravel_index(int(moves.argmax()), moves.shape)
+        if moves[first, second] <= smallest:
+            return tuple(chosen)
+        moved = list(chosen)
+        for move in (int(first), int(second)):
+            moved[layers[move]] = int(places[move])
+        if not problem.fits(moved):  # sums of errors are floats, and their order of summation differs
+            return tuple(chosen)
+        chosen = moved
+
+
+def repaired(
+    problem: Problem, choices: Sequence[int], *, values: Sequence[FloatArray] | None = None
+) -> tuple[int, ...] | None:
+    """The choices moved, one layer at a time, until the limits hold: always what costs least per excess removed.
+
+    None where that ends without a plan.
+    """
+    chosen = list(choices)
+    values = values or [problem.values(curve) for curve in problem.curves]
+    shares = [
+        np.array([problem.amounts(curve, what) / max(problem.room(what), 1e-9) for what in problem.limited])
+        for curve in problem.curves
+    ]
+    while not problem.fits(chosen):
+        held = np.sum([share[:, k] for share, k in zip(shares, chosen, strict=True)], axis=0)
+        best: tuple[float, int, int] | None = None
+        for layer, (share, value) in enumerate(zip(shares, values, strict=True)):
+            others = (held - share[:, chosen[layer]])[:, None]
+            excess = np.maximum(others + share - 1, 0).sum(0)
+            removed = excess[chosen[layer]] - excess
+            useful = removed > 1e-15
+            if useful.any():
+                rates = np.where(useful, (value - value[chosen[layer]]) / np.where(useful, removed, 1.0), np.inf)
+                k = int(rates.argmin())
+                if best is None or rates[k] < best[0]:
+                    best = float(rates[k]), layer, k
+        if best is None:
+            return None
+        chosen[best[1]] = best[2]
+    return tuple(chosen)
+
+
+def _at(arrays: Sequence[FloatArray], places: Sequence[IntArray]) -> FloatArray:
+    """The entries of each array at its places, one after the other."""
+    return np.concatenate([array[part] for array, part in zip(arrays, places, strict=True)])

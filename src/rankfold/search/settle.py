@@ -1,0 +1,69 @@
+"""Refinement around what a search chooses, until nothing it relies on is interpolated.
+
+Where a candidate has to be fitted to know its error (CP), a curve starts with a few fits. Whatever a search chooses is
+fitted next, the curve corrected and the search run again: fits gather around the ranks that matter, and candidates that
+no search comes near are never fitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from rankfold.curves import Curve, visit
+from rankfold.progress import Progress, silent
+from rankfold.search.problem import ERROR, Problem, Search, Selection
+
+ROUNDS = 24
+"""Refinements after which the last plan is taken that keeps the limits with what has been fitted."""
+
+
+def settle(problem: Problem, search: Search, progress: Progress = silent) -> Selection:
+    """What the search chooses once every chosen candidate is fitted.
+
+    Where the error is limited, the next cheaper candidate of the same decomposition is fitted as well, so that a layer
+    is not left dearer than it must be because of an interpolated error.
+    """
+    for turn in range(ROUNDS):
+        selection = search(problem, progress)
+        problem = replace(problem, curves=selection.curves or problem.curves)
+        wanted = [unsettled(curve, k, problem) for curve, k in zip(problem.curves, selection.choices, strict=True)]
+        left = sum(map(bool, wanted))
+        if not left:
+            break
+        progress("fitting candidates", 0, left, f"refinement {turn + 1}")
+        problem = replace(problem, curves=visited(problem.curves, wanted, progress))
+    return replace(selection, curves=problem.curves)
+
+
+def visited(curves: Sequence[Curve], wanted: Sequence[Sequence[int]], progress: Progress = silent) -> tuple[Curve, ...]:
+    """The curves with the wanted candidates fitted."""
+    total = sum(map(bool, wanted))
+    done, result = 0, []
+    for curve, places in zip(curves, wanted, strict=True):
+        if places:
+            curve, done = visit(curve, places), done + 1
+            progress("fitting candidates", done, total)
+        result.append(curve)
+    return tuple(result)
+
+
+def unsettled(curve: Curve, chosen: int, problem: Problem) -> list[int]:
+    """The candidates to fit before `chosen` can be relied on: itself, and what bounds it from below.
+
+    That is, where the error is limited, the next cheaper candidate, and one halfway to the next cheaper fitted one.
+    """
+    if curve.methods[chosen] is None or curve.weight is None:
+        return []
+    wanted = [] if curve.settled(chosen) else [chosen]
+    if ERROR not in problem.limited:
+        return wanted
+    cost = problem.values(curve) if problem.minimise != ERROR else problem.pressure(curve)
+    order = [int(k) for k in np.argsort(cost, kind="stable") if curve.methods[k] == curve.methods[chosen]]
+    place = order.index(chosen)
+    gap = next((step for step in range(1, place + 1) if curve.settled(order[place - step])), place + 1)
+    if place and gap > 1:
+        wanted += sorted({order[place - 1], order[place - gap // 2]})
+    return wanted
