@@ -125,11 +125,28 @@ def visit(curve: Curve, places: Sequence[int]) -> Curve:
         reached = relative_error(weight.double(), wiring_of(method, curve.layer.shape), factors)
         ratio = min(reached / max(float(curve.closed[k]), 1e-300), 1.0)
         fits.setdefault(method, []).append(Fit(curve.ranks[k], int(curve.costs["params"][k]), ratio))
+    return refitted(curve, fits)
+
+
+def refitted(curve: Curve, fits: Mapping[str, Sequence[Fit]]) -> Curve:
+    """The curve with these fits in place of its own, and its errors interpolated between them."""
     errors = curve.closed.copy()
     for method, known in fits.items():
         own = np.array([name == method for name in curve.methods])
         errors[own] *= _ratios(curve.costs["params"][own], known)
     return replace(curve, errors=errors, fits={name: tuple(known) for name, known in fits.items()})
+
+
+def subset(curve: Curve, chosen: IntArray) -> Curve:
+    """The curve with the chosen candidates alone, in their order."""
+    return replace(
+        curve,
+        methods=tuple(curve.methods[k] for k in chosen),
+        ranks=tuple(curve.ranks[k] for k in chosen),
+        errors=curve.errors[chosen],
+        costs={unit: cost[chosen] for unit, cost in curve.costs.items()},
+        closed=curve.closed[chosen] if len(curve.closed) else curve.closed,
+    )
 
 
 def smallest_form(layer: LayerSpec, name: str) -> str:

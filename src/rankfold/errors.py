@@ -3,6 +3,7 @@
 RankfoldError
 ├── ModelError      the network, its weights or its example inputs
 ├── BudgetError     a budget that cannot be read, or cannot be met
+├── SearchError     a search that cannot go on
 ├── PlanError       a plan that cannot be read, or does not fit the model
 ├── UnknownNameError  a name or pattern that matches nothing; carries the nearest ones
 ├── DataError       evaluation data
@@ -25,6 +26,10 @@ class ModelError(RankfoldError):
 
 class BudgetError(RankfoldError):
     """A budget that cannot be read, or that no plan can meet."""
+
+
+class SearchError(RankfoldError):
+    """A search that cannot go on: a loss or a weight of its own is not finite."""
 
 
 class PlanError(RankfoldError):

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rankfold.decompositions import Factors
+from rankfold.plan import LayerSpec
 from rankfold.wiring import LayerShape, Stage, Wiring, product
 
 
@@ -68,6 +69,11 @@ def weight_of(module: nn.Module) -> Float[Tensor, "g o i *taps"]:
     if shape.transposed:
         return weight.reshape(shape.groups, shape.inputs, shape.outputs, *taps).transpose(1, 2)
     return weight.reshape(shape.groups, shape.outputs, shape.inputs, *taps)
+
+
+def module_weight(layer: LayerSpec, weight: Float[Tensor, "g o i *taps"]) -> Tensor:
+    """A weight as `weight_of` gives it, in the shape the layer's module has it; differentiable."""
+    return (weight.transpose(1, 2) if layer.shape.transposed else weight).reshape(layer.weight)
 
 
 def stage_weights(module: nn.Module, wiring: Wiring, factors: Factors) -> list[nn.Parameter]:

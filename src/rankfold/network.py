@@ -38,12 +38,16 @@ class Layers:
 
 def run(model: nn.Module, inputs: Inputs) -> Any:
     """The model's output on example inputs, without gradients, in evaluation mode; its mode is restored."""
+    args, kwargs = arguments_of(inputs)
     with evaluating(model), torch.no_grad():
-        if isinstance(inputs, Mapping):
-            return model(**inputs)
-        if isinstance(inputs, (tuple, list)):
-            return model(*inputs)
-        return model(inputs)
+        return model(*args, **kwargs)
+
+
+def arguments_of(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as positional and keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import scipy.optimize
 
-from rankfold.curves import Curve, FloatArray, IntArray
+from rankfold.curves import FloatArray, IntArray, subset
 from rankfold.errors import BudgetError
 from rankfold.progress import Progress, silent
 from rankfold.search.problem import Problem, Selection, check_feasible, membership, shares_of
@@ -99,7 +99,7 @@ def _solve(problem: Problem, kept: list[IntArray], *, gap: float) -> Selection |
 
     The solver's constraints hold to a tolerance, a budget holds exactly: limits are tightened until they do.
     """
-    curves = [_subset(curve, chosen) for curve, chosen in zip(problem.curves, kept, strict=True)]
+    curves = [subset(curve, chosen) for curve, chosen in zip(problem.curves, kept, strict=True)]
     values = np.concatenate([problem.values(curve) for curve in curves])
     shares = shares_of(problem, curves)
     for slack in (0.0, 1e-9, 1e-7, 1e-6, 1e-5):
@@ -120,14 +120,3 @@ def _solve(problem: Problem, kept: list[IntArray], *, gap: float) -> Selection |
         if problem.fits(choices):
             return Selection(choices, problem.objective(choices), float(result.mip_dual_bound))
     return None
-
-
-def _subset(curve: Curve, chosen: IntArray) -> Curve:
-    """The curve with the chosen candidates alone."""
-    return replace(
-        curve,
-        methods=tuple(curve.methods[k] for k in chosen),
-        ranks=tuple(curve.ranks[k] for k in chosen),
-        errors=curve.errors[chosen],
-        costs={unit: cost[chosen] for unit, cost in curve.costs.items()},
-    )

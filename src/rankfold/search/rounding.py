@@ -18,6 +18,16 @@ SWAPS = 64
 """Candidates per layer that a swap may take."""
 
 
+def rounded(
+    problem: Problem, distributions: Sequence[FloatArray], *, values: Sequence[FloatArray] | None = None
+) -> tuple[int, ...] | None:
+    """One candidate per layer: the likeliest, repaired and improved by swaps; None where no plan was found."""
+    likeliest = [int(p.argmax()) for p in distributions]
+    cheapest = [int(problem.pressure(curve).argmin()) for curve in problem.curves]
+    start = repaired(problem, likeliest, values=values) or repaired(problem, cheapest)
+    return polished(problem, start, [-p for p in distributions], values=values) if start else None
+
+
 def polished(
     problem: Problem,
     choices: Sequence[int],

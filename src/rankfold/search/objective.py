@@ -1,0 +1,88 @@
+"""What a search makes small: a function of the weights that candidates, or mixtures of them, would give the layers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rankfold.curves import Curve
+
+Weight = Float[Tensor, "g o i *taps"]
+
+
+class Objective(ABC):
+    """A loss over the weights of all layers at once.
+
+    `separable` says that the loss is the sum of the curves' own errors, so that a search needs no weights to know it.
+    """
+
+    separable: ClassVar[bool] = False
+
+    @abstractmethod
+    def gradient(
+        self, curves: Sequence[Curve], weights: Sequence[Weight], iteration: int
+    ) -> tuple[float, tuple[Tensor, ...]]:
+        """The loss where the curves' layers have these weights, and its derivative by each of them.
+
+        `weights` are shaped like the curves' own. `iteration` counts the calls of a search, for objectives that take
+        another batch each time.
+        """
+
+    def loss(self, curves: Sequence[Curve], weights: Sequence[Weight], iteration: int) -> float:
+        """The loss alone; the same number as `gradient` gives for the same iteration."""
+        return self.gradient(curves, weights, iteration)[0]
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What is minimised and on what, in a line; equal for equal objectives."""
+
+
+@dataclass(frozen=True)
+class Reconstruction(Objective):
+    """The sum over layers of the squared relative error of the weight; needs no data.
+
+    ‖(W − Ŵ) Σ^½‖² / ‖W Σ^½‖², where Σ is the second moment of a layer's input patches, shape (g, n, n) with n the
+    inputs times the taps. `metric` maps layer names to Σ; a layer without one is measured by the Frobenius norm. With
+    `relative=False` the errors are not divided by the weight's own size, as published.
+    """
+
+    metric: Mapping[str, Float[Tensor, "g n n"]] = field(default_factory=dict)
+    relative: bool = True
+
+    @property
+    def separable(self) -> bool:  # type: ignore[override]
+        """Whether the curves' own errors are what is minimised."""
+        return not self.metric and self.relative
+
+    def gradient(
+        self, curves: Sequence[Curve], weights: Sequence[Weight], iteration: int
+    ) -> tuple[float, tuple[Tensor, ...]]:
+        total, slopes = 0.0, []
+        for curve, weight in zip(curves, weights, strict=True):
+            original = cast(Tensor, curve.weight).to(weight.dtype)
+            residual = (weight - original).flatten(2)
+            moment = self.metric.get(curve.layer.name)
+            moved = residual if moment is None else residual @ moment.to(weight.dtype)
+            scale = 1.0
+            if self.relative:
+                whole = original.flatten(2)
+                size = whole if moment is None else whole @ moment.to(weight.dtype)
+                scale = 1 / max(float((size * whole).sum()), 1e-300)
+            total += scale * float((moved * residual).sum())
+            slopes.append((2 * scale * moved).reshape(weight.shape))
+        return total, tuple(slopes)
+
+    def describe(self) -> str:
+        where = f" in the metric of {len(self.metric)} layers" if self.metric else ""
+        return f"{'relative' if self.relative else 'absolute'} reconstruction error{where}"
+
+
+def inner(slope: Tensor, direction: Tensor) -> float:
+    """The inner product of a derivative with a change of the weight."""
+    return float(torch.sum(slope.double() * direction.double()))

@@ -1,0 +1,70 @@
+"""The continuous form of the rank choice: a distribution over every layer's candidates, within the budget on average.
+
+Minimise Σ_i (⟨p_i, v_i⟩ − τ H(p_i)) over distributions p_i, with Σ_i ⟨p_i, c_i⟩ within its limit for every limited cost
+c. The minimiser is p_i = softmax(−(v_i + Σ μ c_i) / τ) with one multiplier μ per limit, shared by all layers: the
+softmax of the published method with its logits in closed form, and the budget in place of its rank loss. As the
+temperature τ falls to zero, p goes to the vertices of the linear relaxation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import scipy.optimize
+
+from rankfold.curves import FloatArray
+from rankfold.search.problem import Problem, shares_of
+
+_CYCLES = 8
+_DOUBLINGS = 80
+
+
+def relax(problem: Problem, prices: Sequence[FloatArray], temperature: float) -> list[FloatArray]:
+    """Each layer's distribution over its candidates at the prices v and the temperature τ of this module's head."""
+    sizes = [len(price) for price in prices]
+    starts = np.cumsum([0, *sizes[:-1]])
+    flat = np.concatenate(prices)
+    shares = shares_of(problem, problem.curves)
+    multipliers = np.zeros(len(shares))
+
+    def distribution() -> FloatArray:
+        logits = -(flat + multipliers @ shares) / temperature if len(shares) else -flat / temperature
+        weights = np.exp(logits - np.repeat(np.maximum.reduceat(logits, starts), sizes))
+        return np.asarray(weights / np.repeat(np.add.reduceat(weights, starts), sizes))
+
+    def excess(multiplier: float, limit: int) -> float:
+        multipliers[limit] = multiplier
+        return float(shares[limit] @ distribution()) - 1.0
+
+    for _ in range(_CYCLES if len(shares) > 1 else 1):
+        before = multipliers.copy()
+        for limit in range(len(shares)):
+            multipliers[limit] = _root(excess, limit, max(float(np.ptp(flat)), 1e-12))
+        if np.allclose(before, multipliers, rtol=1e-4, atol=0):
+            break
+    return np.split(distribution(), starts[1:])
+
+
+def cooled(problem: Problem, prices: Sequence[FloatArray], temperature: float) -> tuple[list[FloatArray], float]:
+    """`relax` at a temperature given as a share of the mean range of prices within a layer, and that temperature."""
+    absolute = temperature * (float(np.mean([np.ptp(price) for price in prices])) or 1.0)
+    return relax(problem, prices, absolute), absolute
+
+
+def _root(excess: Callable[[float, int], float], limit: int, scale: float) -> float:
+    """The least multiplier, not negative, at which a limit holds on average."""
+    if excess(0.0, limit) <= 0:
+        return 0.0
+    low, high = 0.0, scale
+    for _ in range(_DOUBLINGS):
+        if excess(high, limit) <= 0:
+            return float(scipy.optimize.brentq(excess, low, high, args=(limit,), xtol=1e-12 * high, rtol=1e-7))
+        low, high = high, 4 * high
+    return high
+
+
+def entropy(distribution: FloatArray) -> float:
+    """−Σ p log p, in nats."""
+    positive = distribution[distribution > 0]
+    return float(-(positive * np.log(positive)).sum())
