@@ -10,6 +10,7 @@ from rankfold.errors import (
     ModelError,
     PlanError,
     RankfoldError,
+    SearchError,
     UnknownNameError,
 )
 from rankfold.pipeline import Result, compress
@@ -28,6 +29,7 @@ __all__ = [
     "PlanError",
     "RankfoldError",
     "Result",
+    "SearchError",
     "UnknownNameError",
     "analyze",
     "compress",

@@ -1,4 +1,4 @@
-"""A compressed model as a directory: plan.json, model.safetensors, metrics.json.
+"""A compressed model as a directory: plan.json, model.safetensors, metrics.json, and trace.json of the search if any.
 
 Written beside its place and moved there in one step, so that a killed save leaves the old directory or the new one.
 Read without unpickling anything: the plan carries checksums of itself and of the other two files.
@@ -29,7 +29,7 @@ from rankfold.network import duplicate, rebuild_
 from rankfold.pipeline import Result
 from rankfold.plan import Plan
 
-PLAN, WEIGHTS, METRICS = "plan.json", "model.safetensors", "metrics.json"
+PLAN, WEIGHTS, METRICS, TRACE = "plan.json", "model.safetensors", "metrics.json", "trace.json"
 
 
 def save(
@@ -107,6 +107,17 @@ def load_metrics(directory: str | Path) -> dict[str, Any]:
     return content
 
 
+def load_trace(directory: str | Path) -> dict[str, Any] | None:
+    """The search's history saved in `directory`, as `Trace.as_dict` gives it; None where the search keeps none."""
+    expected = load_plan(directory).source.get("files", {}).get(TRACE)
+    if expected is None:
+        return None
+    path = Path(directory) / TRACE
+    _check_digest(path, expected)
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
 def check_target(directory: str | Path) -> None:
     """Raises ArtifactError where saving would replace anything but a saved model or an empty directory."""
     target = Path(directory)
@@ -128,7 +139,7 @@ def digest(path: Path) -> str:
 
 
 def _write(folder: Path, result: Result, source: dict[str, Any], metrics: dict[str, Any]) -> None:
-    """The three files, flushed to the disk; the plan last, with the checksums of the others."""
+    """The files, flushed to the disk; the plan last, with the checksums of the others."""
     tensors: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
     for name, tensor in result.model.state_dict().items():
@@ -147,11 +158,15 @@ def _write(folder: Path, result: Result, source: dict[str, Any], metrics: dict[s
         **metrics,
     }
     (folder / METRICS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    files = {name: digest(folder / name) for name in (WEIGHTS, METRICS)}
+    others = [WEIGHTS, METRICS]
+    if result.trace is not None:
+        (folder / TRACE).write_text(json.dumps(result.trace.as_dict()) + "\n", encoding="utf-8")
+        others.append(TRACE)
+    files = {name: digest(folder / name) for name in others}
     plan = replace(result.plan, source={**source, "files": files})
     (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
     shutil.copymode(folder / PLAN, folder / WEIGHTS)  # safetensors makes files that only their owner can read
-    for name in (WEIGHTS, METRICS, PLAN):
+    for name in (*others, PLAN):
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
 

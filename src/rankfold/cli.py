@@ -9,14 +9,18 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from rankfold import tables
-from rankfold.errors import DataError, ModelError, RankfoldError
+from rankfold.errors import BudgetError, DataError, ModelError, RankfoldError
+
+if TYPE_CHECKING:
+    from rankfold.models import Source
+    from rankfold.search import Search
 
 app = typer.Typer(
     name="rankfold",
@@ -53,6 +57,9 @@ Seed = Annotated[int, typer.Option(help="Seed of the initial weights, where no w
 
 errors = Console(stderr=True)
 
+OBJECTIVES = ("reconstruction", "divergence", "validation")
+_BATCH = 128
+
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """The parser's own errors; typer carries its parser inside from 0.20 on, and none of its names is public."""
 
@@ -71,10 +78,10 @@ def analyze(
     """Show every layer, what it costs, and what each decomposition could save on it."""
     from rankfold.analysis import analyze as run_analysis
 
-    network, example, _ = _open_model(model, weights, input_shape, seed)
+    source, example, _ = _open_model(model, weights, input_shape, seed)
     with _progress(as_json) as progress:
         report = run_analysis(
-            network,
+            source.model,
             example,
             decomposition=_decompositions(decomposition or ["auto"]),
             include=include or None,
@@ -93,12 +100,29 @@ def compress(
     out: Annotated[Path, typer.Option(help="Directory to write plan.json, model.safetensors and metrics.json to.")],
     budget: Annotated[
         list[str],
-        typer.Option("--budget", "-b", help="UNIT=LIMIT: macs=0.5, params=300k, bytes=12MB (repeatable)."),
+        typer.Option(
+            "--budget",
+            "-b",
+            help="UNIT=LIMIT: macs=0.5, params=300k, bytes=12MB (repeatable); or error=0.05, the mean squared relative "
+            "error of the layers, for the cheapest plan (minimise=UNIT, default macs).",
+        ),
     ],
     weights: Weights = None,
     input_shape: InputShape = None,
     decomposition: Decompositions = None,
-    search: Annotated[str, typer.Option(help="How ranks are found: exact, uniform or energy.")] = "exact",
+    search: Annotated[
+        str, typer.Option(help="How ranks are found: exact, rene, greedy, evbmf, energy or uniform.")
+    ] = "exact",
+    objective: Annotated[
+        str, typer.Option(help="What rene lowers: reconstruction, divergence (from the original) or validation.")
+    ] = "reconstruction",
+    data: Annotated[
+        str | None, typer.Option(help="Inputs for the objective: npz:PATH, imagefolder:DIR or module:factory.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many of them are used, evenly spaced.")] = 512,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="File that rene keeps its state in, and goes on from when started again.")
+    ] = None,
     include: Include = None,
     exclude: Exclude = None,
     seed: Seed = 0,
@@ -111,22 +135,23 @@ def compress(
 
     limits = Budget.parse(budget)
     check_target(out)
-    network, example, shape = _open_model(model, weights, input_shape, seed)
+    source, example, shape = _open_model(model, weights, input_shape, seed)
+    finder = _search(search, objective, source, shape, data=data, samples=samples, checkpoint=checkpoint)
     with _progress(as_json) as progress:
         result = run_compression(
-            network,
+            source.model,
             example,
             decomposition=_decompositions(decomposition or ["tucker"]),
             budget=limits,
-            search=search,
+            search=finder,
             include=include or None,
             exclude=exclude or (),
             progress=progress,
         )
-    source: dict[str, Any] = {"model": model, "input_shape": list(shape), "seed": seed}
+    origin: dict[str, Any] = {"model": model, "input_shape": list(shape), "seed": seed}
     if weights:
-        source |= {"weights": str(weights.absolute()), "weights_sha256": digest(weights)}
-    path = save(result, out, source=source)
+        origin |= {"weights": str(weights.absolute()), "weights_sha256": digest(weights)}
+    path = save(result, out, source=origin)
     if as_json:
         _print_json(tables.compression_dict(result, path))
     else:
@@ -209,7 +234,7 @@ def _fail(message: str, code: int) -> None:
 
 def _open_model(
     spec: str, weights: Path | None, input_shape: str | None, seed: int
-) -> tuple[Any, Any, tuple[int, ...]]:
+) -> tuple[Source, Any, tuple[int, ...]]:
     """The network with its weights, an example batch of one, and the shape of one input."""
     from rankfold.models import build_model, load_weights_
 
@@ -219,7 +244,40 @@ def _open_model(
     shape = _shape(input_shape) if input_shape else source.input_shape
     if shape is None:
         raise ModelError(f"{spec} does not say what inputs it takes; give --input-shape, for example 3,224,224")
-    return source.model, source.example(shape), shape
+    return source, source.example(shape), shape
+
+
+def _search(
+    name: str,
+    objective: str,
+    source: Source,
+    shape: tuple[int, ...],
+    *,
+    data: str | None,
+    samples: int,
+    checkpoint: Path | None,
+) -> str | Search:
+    """The search that the options of compress describe."""
+    from rankfold.data import open_dataset
+    from rankfold.errors import UnknownNameError
+    from rankfold.objectives import Divergence, Validation
+    from rankfold.search import Rene
+
+    if objective not in OBJECTIVES:
+        raise UnknownNameError("objective", objective, OBJECTIVES)
+    if name != "rene":
+        if objective != OBJECTIVES[0] or checkpoint:
+            raise BudgetError(f"--objective and --checkpoint are for --search rene, not {name}")
+        return name
+    if objective == OBJECTIVES[0]:
+        return Rene(checkpoint=checkpoint)
+    if data is None:
+        raise DataError(f"--objective {objective} needs inputs; give them with --data, for example npz:train.npz")
+    examples = open_dataset(data, shape, source.normalised_by(shape[0])).sample(samples)
+    pairs = [examples.batch(start, start + _BATCH) for start in range(0, len(examples), _BATCH)]
+    if objective == "validation":
+        return Rene(objective=Validation(source.model, pairs), checkpoint=checkpoint)
+    return Rene(objective=Divergence(source.model, [x for x, _ in pairs]), checkpoint=checkpoint)
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -264,10 +322,10 @@ def _progress(quiet: bool) -> Iterator[Any]:
     tasks: dict[str, Any] = {}
     with Progress(*columns, console=errors, transient=True, disable=quiet or not errors.is_terminal) as bars:
 
-        def report(what: str, done: int, total: int) -> None:
+        def report(what: str, done: int, total: int, note: str = "", /) -> None:
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
+            bars.update(tasks[what], description=f"{what} ({note})" if note else what, completed=done, total=total)
 
         yield report
 

@@ -73,7 +73,7 @@ def compare(
     plan = load_plan(directory)
     source, shape = _rebuild(plan, directory)
     student = load(directory, source.model)
-    normalisation = _normalisation(source, mean, std, shape[0])
+    normalisation = source.normalised_by(shape[0], mean, std)
     dataset = open_dataset(data, shape, normalisation, normalise_floats=mean is not None or std is not None)
     if original:
         _load_original_(source.model, plan, weights)
@@ -109,13 +109,3 @@ def _load_original_(model: nn.Module, plan: Plan, weights: str | Path | None) ->
     if digest(Path(path)) != plan.source.get("weights_sha256"):
         raise ModelError(f"{path} is not the file that was compressed (its checksum differs); give that with --weights")
     load_weights_(model, path)
-
-
-def _normalisation(
-    source: Source, mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
-) -> Normalisation:
-    """The normalisation given, or the model's own, or none, which scales integer inputs to [0, 1] and no more."""
-    own = source.normalisation or Normalisation((0.0,) * channels, (1.0,) * channels, "none known: inputs in [0, 1]")
-    if mean is None and std is None:
-        return own
-    return Normalisation(tuple(mean or own.mean), tuple(std or own.std))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,12 @@ class Dataset:
     def classes(self) -> int:
         """One more than the largest label."""
         return int(self.y.max()) + 1
+
+    def sample(self, count: int) -> Dataset:
+        """At most `count` of the examples, evenly spaced: every n-th from the first on."""
+        places = range(0, len(self), max(1, len(self) // count))[:count]
+        x = self.x[list(places)] if isinstance(self.x, np.ndarray) else [self.x[k] for k in places]
+        return replace(self, x=x, y=self.y[list(places)])
 
     def batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Inputs, float32 of shape (n, *input_shape), and labels (n,)."""

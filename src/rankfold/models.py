@@ -8,7 +8,7 @@ import importlib.util
 import math
 import pickle
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -44,6 +44,16 @@ class Source:
             return torch.arange(math.prod(shape)).remainder(self.vocabulary).reshape(1, *shape)
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
         return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def normalised_by(
+        self, channels: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    ) -> Normalisation:
+        """The normalisation given, or the model's own, or none, which scales integer inputs to [0, 1] and no more."""
+        none = Normalisation((0.0,) * channels, (1.0,) * channels, "none known: inputs in [0, 1]")
+        own = self.normalisation or none
+        if mean is None and std is None:
+            return own
+        return Normalisation(tuple(mean or own.mean), tuple(std or own.std))
 
 
 def build_model(spec: str, *, seed: int = 0) -> Source:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -17,7 +18,7 @@ from rankfold.curves import Curve
 from rankfold.errors import DataError, ModelError
 from rankfold.layers import module_weight
 from rankfold.network import Inputs, arguments_of, describe_inputs, evaluating
-from rankfold.search.objective import Objective, Weight
+from rankfold.search.objective import Objective
 
 
 class NetworkObjective(Objective):
@@ -40,7 +41,7 @@ class NetworkObjective(Objective):
 
     @final
     def gradient(
-        self, curves: Sequence[Curve], weights: Sequence[Weight], iteration: int
+        self, curves: Sequence[Curve], weights: Sequence[Tensor], iteration: int
     ) -> tuple[float, tuple[Tensor, ...]]:
         blended = [weight.detach().requires_grad_() for weight in weights]
         call, chosen = self._call(curves, blended), self._chosen(iteration)
@@ -54,7 +55,7 @@ class NetworkObjective(Objective):
         return total, tuple(slopes)
 
     @final
-    def loss(self, curves: Sequence[Curve], weights: Sequence[Weight], iteration: int) -> float:
+    def loss(self, curves: Sequence[Curve], weights: Sequence[Tensor], iteration: int) -> float:
         call, chosen = self._call(curves, weights), self._chosen(iteration)
         with evaluating(self.model), torch.no_grad():
             return sum(float(self.batch_loss(batch, call) / len(chosen)) for batch in chosen)
@@ -63,18 +64,17 @@ class NetworkObjective(Objective):
         """The batches of an evaluation, by number."""
         return range(len(self.batches)) if self.together else [iteration % len(self.batches)]
 
-    def _call(self, curves: Sequence[Curve], weights: Sequence[Weight]) -> Callable[[Inputs], Any]:
+    def _call(self, curves: Sequence[Curve], weights: Sequence[Tensor]) -> Callable[[Inputs], Any]:
         """The network with other weights, as a function."""
         named = {
             f"{curve.layer.name}.weight": module_weight(curve.layer, weight)
             for curve, weight in zip(curves, weights, strict=True)
         }
+        return partial(self._run, named)
 
-        def call(inputs: Inputs) -> Any:
-            args, kwargs = arguments_of(inputs)
-            return torch.func.functional_call(self.model, named, args, kwargs)
-
-        return call
+    def _run(self, named: dict[str, Tensor], inputs: Inputs) -> Any:
+        args, kwargs = arguments_of(inputs)
+        return torch.func.functional_call(self.model, named, args, kwargs)
 
     def _amount(self) -> str:
         """How much data there is, in words, with a sum that tells one set of batches from another."""

@@ -63,9 +63,11 @@ def compression(result: Result, out: Path) -> RenderableType:
     bound = result.plan.settings.get("bound")
     objective = result.plan.settings.get("objective", 0.0)
     proof = f"; no plan within the budget is below {bound:.4f}" if bound is not None else ""
+    minimised = result.plan.settings.get("minimised", "error")
+    what = "sum of squared relative errors predicted" if minimised == "error" else f"{minimised} kept in these layers"
     notes = [
         totals(result.before, result.after),
-        Text(f"sum of squared relative errors predicted {objective:.4f}{proof}", "dim"),
+        Text(f"{what} {objective:.4f}{proof}", "dim"),
         Text(f"{out}  ({result.seconds:.1f} s)"),
     ]
     return Group(table, skipped(result.plan.skipped), *notes)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from rankfold.decompositions.expansion import Factors
@@ -34,8 +34,8 @@ def weight_axes(wiring: Wiring) -> str:
     return "oi" + "".join(axis for axis in TAPS if any(axis in factor for factor in wiring.factors))
 
 
-def reconstruct(wiring: Wiring, factors: Factors) -> Float64[Tensor, "g o i *taps"]:
-    """The weight that the factors stand for."""
+def reconstruct(wiring: Wiring, factors: Factors) -> Float[Tensor, "g o i *taps"]:
+    """The weight that the factors stand for, in their dtype; differentiable in them."""
     return _contract(list(zip(wiring.factors, factors, strict=True)), weight_axes(wiring))
 
 

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from rankfold.curves import Curve
 
-Weight = Float[Tensor, "g o i *taps"]
-
 
 class Objective(ABC):
     """A loss over the weights of all layers at once.
@@ -26,15 +24,15 @@ class Objective(ABC):
 
     @abstractmethod
     def gradient(
-        self, curves: Sequence[Curve], weights: Sequence[Weight], iteration: int
+        self, curves: Sequence[Curve], weights: Sequence[Tensor], iteration: int
     ) -> tuple[float, tuple[Tensor, ...]]:
         """The loss where the curves' layers have these weights, and its derivative by each of them.
 
-        `weights` are shaped like the curves' own. `iteration` counts the calls of a search, for objectives that take
+        `weights` are of shape (g, o, i, *taps), like the curves' own. `iteration` counts the calls of a search, for objectives that take
         another batch each time.
         """
 
-    def loss(self, curves: Sequence[Curve], weights: Sequence[Weight], iteration: int) -> float:
+    def loss(self, curves: Sequence[Curve], weights: Sequence[Tensor], iteration: int) -> float:
         """The loss alone; the same number as `gradient` gives for the same iteration."""
         return self.gradient(curves, weights, iteration)[0]
 
@@ -61,7 +59,7 @@ class Reconstruction(Objective):
         return not self.metric and self.relative
 
     def gradient(
-        self, curves: Sequence[Curve], weights: Sequence[Weight], iteration: int
+        self, curves: Sequence[Curve], weights: Sequence[Tensor], iteration: int
     ) -> tuple[float, tuple[Tensor, ...]]:
         total, slopes = 0.0, []
         for curve, weight in zip(curves, weights, strict=True):

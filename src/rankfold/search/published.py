@@ -16,13 +16,15 @@ is `cp3`.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -327,40 +329,45 @@ class _Run:
     def _save(self) -> None:
         if self.settings.checkpoint is None:
             return
-        optimisers = (self.weight_step, self.rank_step)
         state = {
             "stage": self.stage,
             "iteration": self.iteration,
-            "ranks": [list(layer.ranks) for layer in self.layers],
-            "factors": [[[f.detach().tolist() for f in one] for one in layer.factors] for layer in self.layers],
-            "logits": [layer.logits.detach().tolist() for layer in self.layers],
-            "momentum": [
-                [_listed(optimiser.state[p].get("momentum_buffer")) for p in optimiser.param_groups[0]["params"]]
-                for optimiser in optimisers
-            ],
-            "generator": self.generator.get_state().tolist(),
+            "ranks": [layer.ranks for layer in self.layers],
             "steps": [vars(step) for step in self.steps],
+            "tensors": base64.b64encode(safetensors.torch.save(self._tensors())).decode(),
         }
         files.write(self.settings.checkpoint, self._digest, state)
 
-    def _restore(self, state: dict[str, object]) -> None:
-        saved = cast("dict[str, list]", state)  # type: ignore[type-arg]
-        self._begin(saved["ranks"])
-        self.stage, self.iteration = int(cast(int, state["stage"])), int(cast(int, state["iteration"]))
-        for layer, factors, logits in zip(self.layers, saved["factors"], saved["logits"], strict=True):
-            layer.factors = [tuple(torch.tensor(f) for f in one) for one in factors]
-            layer.logits = torch.tensor(logits)
-        self._optimise()
-        for optimiser, buffers in zip((self.weight_step, self.rank_step), saved["momentum"], strict=True):
-            for parameter, buffer in zip(optimiser.param_groups[0]["params"], buffers, strict=True):
-                if buffer is not None:
-                    optimiser.state[parameter]["momentum_buffer"] = torch.tensor(buffer)
-        self.generator.set_state(torch.tensor(saved["generator"], dtype=torch.uint8))
-        self.steps = [step_from_dict(entry) for entry in saved["steps"]]
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._begin(state["ranks"])
+        self.stage, self.iteration = state["stage"], state["iteration"]
+        self.steps = [step_from_dict(entry) for entry in state["steps"]]
+        saved = safetensors.torch.load(base64.b64decode(state["tensors"]))
+        self.generator.set_state(saved.pop("generator"))
+        for name, tensor in self._tensors().items():
+            if name in saved and name != "generator":
+                tensor.copy_(saved[name])
+        for key, (optimiser, parameter) in self._moving().items():
+            if key in saved:
+                optimiser.state[parameter]["momentum_buffer"] = saved[key]
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything that changes from step to step, by name."""
+        tensors = {"generator": self.generator.get_state()}
+        for key, (optimiser, parameter) in self._moving().items():
+            tensors[key.removeprefix("momentum ")] = parameter.detach()
+            momentum = optimiser.state[parameter].get("momentum_buffer") if parameter in optimiser.state else None
+            if momentum is not None:
+                tensors[key] = momentum
+        return tensors
 
-def _listed(tensor: Tensor | None) -> list[float] | None:
-    return None if tensor is None else tensor.tolist()
+    def _moving(self) -> dict[str, tuple[torch.optim.Optimizer, Tensor]]:
+        """What the optimisers move, by the name of its momentum."""
+        return {
+            f"momentum {kind} {number}": (optimiser, parameter)
+            for kind, optimiser in (("factor", self.weight_step), ("logits", self.rank_step))
+            for number, parameter in enumerate(optimiser.param_groups[0]["params"])
+        }
 
 
 def _with_rank(layer: _Layer) -> Curve:
