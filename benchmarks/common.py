@@ -8,15 +8,23 @@ import json
 import os
 import platform
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from rankfold import Result
+from rankfold import Budget, Cost, Result
+from rankfold.curves import Curve
 from rankfold.data import Dataset, open_dataset
 from rankfold.evaluation import Accuracy
 from rankfold.models import Source, build_model, load_weights_
+from rankfold.network import Layers, cost_of, find_layers
+from rankfold.pipeline import assign, measure, pose
+from rankfold.search import Problem
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -42,6 +50,43 @@ def network(folder: Path, name: str, weights: str, dataset: str) -> tuple[Source
     assert source.input_shape is not None
     assert source.normalisation is not None
     return source, open_dataset(f"npz:{folder / dataset}", source.input_shape, source.normalisation)
+
+
+def unlabelled(folder: Path, source: Source, dataset: str, count: int = 512) -> list[torch.Tensor]:
+    """Evenly spaced training images, in batches of 128: of CIFAR-10, 512 are every 97th."""
+    assert source.input_shape is not None
+    assert source.normalisation is not None
+    chosen = open_dataset(f"npz:{folder / dataset}", source.input_shape, source.normalisation).sample(count)
+    return [chosen.batch(start, start + 128)[0] for start in range(0, count, 128)]
+
+
+@dataclass(frozen=True)
+class Posed:
+    """A network's curves, measured once, from which the search problem of any budget follows."""
+
+    layers: Layers
+    curves: tuple[Curve, ...]
+    before: Cost
+    seconds: float
+
+    def __call__(self, **budget: float) -> Problem:
+        return pose(self.curves, self.before, Budget.parse([f"{unit}={limit}" for unit, limit in budget.items()]))
+
+
+def posed(
+    model: nn.Module,
+    example: torch.Tensor,
+    decomposition: str,
+    *,
+    units: tuple[str, ...] = ("macs",),
+    include: Sequence[str] | None = None,
+) -> Posed:
+    """The curves of a network, and the seconds they took."""
+    before = cost_of(model, example)
+    choices, layers = assign(find_layers(model, example, include=include), decomposition)
+    start = time.perf_counter()
+    curves = measure(model, layers, choices, units=units)
+    return Posed(layers, curves, before, time.perf_counter() - start)
 
 
 def machine() -> str:

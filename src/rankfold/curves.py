@@ -114,14 +114,14 @@ def needs_fit(name: str, layer: LayerSpec) -> bool:
     return bool(layer.shape.taps) and DECOMPOSITIONS[name].knots > 0
 
 
-def visit(curve: Curve, places: Sequence[int]) -> Curve:
-    """The curve once the candidates at `places` are fitted, and those between them interpolated anew."""
+def visit(curve: Curve, places: Sequence[int], *, starts: int = 1) -> Curve:
+    """The curve once the candidates at `places` are fitted, from so many `starts`, and those between interpolated."""
     fits = {name: list(known) for name, known in curve.fits.items()}
     for k in places:
         if curve.settled(k):
             continue
         method, weight = cast(str, curve.methods[k]), cast(Tensor, curve.weight)
-        factors = fit(method, weight, curve.layer.shape, curve.ranks[k], layer=curve.layer.name)
+        factors = fit(method, weight, curve.layer.shape, curve.ranks[k], layer=curve.layer.name, starts=starts)
         reached = relative_error(weight.double(), wiring_of(method, curve.layer.shape), factors)
         ratio = min(reached / max(float(curve.closed[k]), 1e-300), 1.0)
         fits.setdefault(method, []).append(Fit(curve.ranks[k], int(curve.costs["params"][k]), ratio))

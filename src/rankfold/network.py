@@ -203,7 +203,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, progress: Progress = silent) -> 
         shape = shape_of(module)
         wiring = wiring_of(layer.decomposition, shape)
         weight = weight_of(module)
-        factors = fit(layer.decomposition, weight, shape, layer.ranks, layer=layer.name)
+        factors = fit(layer.decomposition, weight, shape, layer.ranks, layer=layer.name, starts=layer.starts)
         stored = tuple(factor.to(weight.dtype).double() for factor in factors)
         swap_(student, layer, factors)
         reached.append(replace(layer, error=relative_error(weight.double(), wiring, stored)))

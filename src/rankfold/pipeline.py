@@ -167,7 +167,7 @@ def search_plan(
     selection = settle(problem, find, progress) if budget.error is not None else find(problem, progress)
     progress("searching ranks", 1, 1)
     chosen = selection.curves or problem.curves
-    planned = tuple(_planned(curve, k) for curve, k in zip(chosen, selection.choices, strict=True))
+    planned = tuple(_planned(curve, k, problem.starts) for curve, k in zip(chosen, selection.choices, strict=True))
     after = reduce(Cost.__add__, (layer.after for layer in planned), problem.fixed)
     settings = {
         "search": search if isinstance(search, str) else repr(search),
@@ -203,7 +203,7 @@ def no_gain(curve: Curve) -> str:
     return f"no rank makes it smaller: {forms}"
 
 
-def _planned(curve: Curve, choice: int) -> LayerPlan:
+def _planned(curve: Curve, choice: int, starts: int) -> LayerPlan:
     """The plan's entry for a curve's chosen candidate."""
     layer = curve.layer
     params, macs = int(curve.costs["params"][choice]), int(curve.costs["macs"][choice])
@@ -217,6 +217,7 @@ def _planned(curve: Curve, choice: int) -> LayerPlan:
         after=layer.cost(params, macs),
         aliases=layer.aliases,
         predicted_error=float(curve.errors[choice]),
+        starts=starts,
     )
 
 

@@ -51,7 +51,7 @@ class LayerPlan:
     """What becomes of one layer: a decomposition with a rank per bond, or `decomposition=None`, kept dense.
 
     `predicted_error` is the squared relative error the search saw, `error` that of the factors in the model, both in
-    the metric of the plan; costs are the weight's alone.
+    the metric of the plan; costs are the weight's alone. `starts` is from how many starts the factors are fitted.
     """
 
     name: str
@@ -64,6 +64,7 @@ class LayerPlan:
     aliases: tuple[str, ...] = ()
     predicted_error: float = 0.0
     error: float = 0.0
+    starts: int = 1
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from there.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -66,12 +67,15 @@ def fit(
     *,
     layer: str = "layer",
     sweeps: int | None = None,
+    starts: int = 1,
     expansion: Expansion | None = None,
 ) -> Factors:
     """Factors (float64) of a weight (g, o, i, *taps) at `ranks`: the closed form, then alternating least squares.
 
-    `sweeps` overrides the decomposition's own; `expansion` saves the work of expanding the weight again. Raises
-    PlanError for ranks that are not positive, not one per bond, or larger than of any use.
+    `sweeps` overrides the decomposition's own. With more than one of `starts` the others are random, from fixed seeds,
+    and the best outcome counts: where a weight has a small exact rank, alternating least squares from the closed form
+    may stop short of it. `expansion` saves the work of expanding the weight again. Raises PlanError for ranks that are
+    not positive, not one per bond, or larger than of any use.
     """
     wiring = wiring_of(name, shape)
     expansion = expansion or expand(name, weight, shape)
@@ -79,7 +83,19 @@ def fit(
     weight = weight.double()
     rounds = sweeps if sweeps is not None else (decomposition(name).sweeps if shape.taps else 0)
     factors = alternate(weight, wiring, expansion.factors(ranks), sweeps=rounds)
+    if rounds and starts > 1:
+        others = (_random(wiring, shape, ranks, weight, seed) for seed in range(1, starts))
+        found = [factors, *(alternate(weight, wiring, start, sweeps=4 * rounds, tolerance=1e-4) for start in others)]
+        factors = min(found, key=lambda one: relative_error(weight, wiring, one))
     return balance(wiring, factors)
+
+
+def _random(wiring: Wiring, shape: LayerShape, ranks: Sequence[int], weight: Tensor, seed: int) -> Factors:
+    """Standard normal factors from a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = cast(dict[str, int], wiring.sizes(shape, list(ranks)))
+    shapes = [(shape.groups, *wiring.factor_shape(position, sizes)) for position in range(len(wiring.factors))]
+    return tuple(torch.randn(size, generator=generator, dtype=weight.dtype).to(weight.device) for size in shapes)
 
 
 def _check_ranks(name: str, wiring: Wiring, shape: LayerShape, ranks: Sequence[int], layer: str) -> None:

@@ -28,8 +28,8 @@ class Objective(ABC):
     ) -> tuple[float, tuple[Tensor, ...]]:
         """The loss where the curves' layers have these weights, and its derivative by each of them.
 
-        `weights` are of shape (g, o, i, *taps), like the curves' own. `iteration` counts the calls of a search, for objectives that take
-        another batch each time.
+        `weights` are of shape (g, o, i, *taps), like the curves' own. `iteration` counts the calls of a search, for
+        objectives that take another batch each time.
         """
 
     def loss(self, curves: Sequence[Curve], weights: Sequence[Tensor], iteration: int) -> float:

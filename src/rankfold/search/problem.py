@@ -19,6 +19,8 @@ from rankfold.search.trace import Trace
 
 ERROR = "error"
 """The name of the squared relative error where it stands beside the units of cost."""
+STARTS = 6
+"""Starts of a fit where the error is limited: on planted ranks five random ones always found what was there."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class Problem:
     original: Cost
     error: float = math.inf
     minimise: str = ERROR
+
+    @property
+    def starts(self) -> int:
+        """From how many starts a candidate is fitted: from more where the error it reaches is what is limited."""
+        return STARTS if math.isfinite(self.error) else 1
 
     @property
     def limited(self) -> tuple[str, ...]:

@@ -127,7 +127,7 @@ class _Run:
         """Fits what was chosen and has not been; whether there was anything."""
         problem = self.problem
         wanted = [unsettled(curve, k, problem) for curve, k in zip(problem.curves, choices, strict=True)]
-        self.problem = replace(problem, curves=visited(problem.curves, wanted, self.progress))
+        self.problem = visited(problem, wanted, self.progress)
         return any(wanted)
 
     def _record(

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from rankfold.curves import Curve, visit
+from rankfold.decompositions import DECOMPOSITIONS
 from rankfold.progress import Progress, silent
 from rankfold.search.problem import ERROR, Problem, Search, Selection
 
@@ -34,26 +35,28 @@ def settle(problem: Problem, search: Search, progress: Progress = silent) -> Sel
         if not left:
             break
         progress("fitting candidates", 0, left, f"refinement {turn + 1}")
-        problem = replace(problem, curves=visited(problem.curves, wanted, progress))
+        problem = visited(problem, wanted, progress)
     return replace(selection, curves=problem.curves)
 
 
-def visited(curves: Sequence[Curve], wanted: Sequence[Sequence[int]], progress: Progress = silent) -> tuple[Curve, ...]:
-    """The curves with the wanted candidates fitted."""
+def visited(problem: Problem, wanted: Sequence[Sequence[int]], progress: Progress = silent) -> Problem:
+    """The problem with the wanted candidates fitted."""
     total = sum(map(bool, wanted))
     done, result = 0, []
-    for curve, places in zip(curves, wanted, strict=True):
+    for curve, places in zip(problem.curves, wanted, strict=True):
         if places:
-            curve, done = visit(curve, places), done + 1
+            curve, done = visit(curve, places, starts=problem.starts), done + 1
             progress("fitting candidates", done, total)
         result.append(curve)
-    return tuple(result)
+    return replace(problem, curves=tuple(result))
 
 
 def unsettled(curve: Curve, chosen: int, problem: Problem) -> list[int]:
     """The candidates to fit before `chosen` can be relied on: itself, and what bounds it from below.
 
-    That is, where the error is limited, the next cheaper candidate, and one halfway to the next cheaper fitted one.
+    That is, where the error is limited, the next cheaper candidate, and one halfway to the next cheaper fitted one. At
+    first, ranks of a half, a quarter and so on are fitted as well: errors drop suddenly where a weight has a small
+    exact rank, and fits of ranks far above it may stop short of it.
     """
     if curve.methods[chosen] is None or curve.weight is None:
         return []
@@ -64,6 +67,7 @@ def unsettled(curve: Curve, chosen: int, problem: Problem) -> list[int]:
     order = [int(k) for k in np.argsort(cost, kind="stable") if curve.methods[k] == curve.methods[chosen]]
     place = order.index(chosen)
     gap = next((step for step in range(1, place + 1) if curve.settled(order[place - step])), place + 1)
-    if place and gap > 1:
-        wanted += sorted({order[place - 1], order[place - gap // 2]})
-    return wanted
+    below = {place - 1, place - gap // 2} if place and gap > 1 else set()
+    if len(curve.fits.get(str(curve.methods[chosen]), ())) <= DECOMPOSITIONS[str(curve.methods[chosen])].knots:
+        below |= {place >> halvings for halvings in range(1, place.bit_length() + 1)}
+    return wanted + [order[position] for position in sorted(below) if not curve.settled(order[position])]
