@@ -49,6 +49,30 @@ def test_what_is_no_budget_is_refused(given: dict):
         Budget(**given)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"error": 0.0}, "not between 0 and 1"),
+        ({"error": 1.5}, "not between 0 and 1"),
+        ({"error": "much"}, "not a number"),
+        ({"macs": 0.5, "minimise": "params"}, "needs a limit on the error"),
+    ],
+)
+def test_what_is_no_limit_on_the_error_is_refused(given: dict, message: str):
+    with pytest.raises(BudgetError, match=message):
+        Budget(**given)
+
+
+def test_a_limit_on_the_error_says_what_is_minimised():
+    assert Budget(error=0.05).minimised == "macs"
+    assert Budget(macs=0.5).minimised == "error"
+    budget = Budget.parse(["error=0.05", "minimise=params", "macs=0.5"])
+    assert (budget.largest_error, budget.minimised, budget.units) == (0.05, "params", ("params", "macs"))
+    assert budget.limits(ORIGINAL) == {"macs": 25_000}
+    with pytest.raises(UnknownNameError, match="nearest: params"):
+        Budget(error=0.05, minimise="parms")
+
+
 def test_texts_of_the_command_line():
     assert Budget.parse(["macs=0.5", "params = 300k"]) == Budget(macs="0.5", params="300k")
     with pytest.raises(UnknownNameError, match="nearest: params"):

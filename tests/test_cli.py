@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rankfold.artifact import load_trace
 from rankfold.cli import main
 
 FACTORY = """
@@ -222,3 +223,36 @@ def test_images_in_folders(tmp_path: Path, capsys, monkeypatch, factory: str):
     code, text, _ = run(capsys, monkeypatch, *args, "--json")
     assert code == 0
     assert json.loads(text)["examples"] == 6
+
+
+def test_searches_objectives_and_limits_on_the_error(factory: str, npz: Path, tmp_path: Path, capsys, monkeypatch):
+    common = ("compress", factory, "--input-shape", "3,8,8", "-d", "spatial", "--json")
+    rene = ("--search", "rene", "-b", "macs=0.5")
+    out = tmp_path / "rene"
+    code, text, err = run(capsys, monkeypatch, *common, *rene, "--out", str(out))
+    assert (code, err) == (0, "")
+    trace = load_trace(out)
+    assert trace["layers"] == [layer["name"] for layer in json.loads(text)["layers"]]
+    assert {"stage", "iteration", "losses", "costs", "entropy", "likeliest"} <= set(trace["steps"][0])
+
+    out, checkpoint = tmp_path / "divergence", tmp_path / "search.json"
+    ends = ("--objective", "divergence", "--data", f"npz:{npz}", "--samples", "16", "--checkpoint", str(checkpoint))
+    code, text, err = run(capsys, monkeypatch, *common, *rene, *ends, "--out", str(out))
+    assert (code, err) == (0, "")
+    assert checkpoint.is_file()
+    assert any("objective" in step["losses"] for step in load_trace(out)["steps"])
+
+    out = tmp_path / "error"
+    code, text, err = run(capsys, monkeypatch, *common, "-b", "error=0.1", "-b", "minimise=params", "--out", str(out))
+    assert (code, err) == (0, "")
+    layers = json.loads(text)["layers"]
+    assert 0 < sum(layer["error"] for layer in layers) <= 0.1 * len(layers) * (1 + 1e-6)
+    assert load_trace(out) is None
+
+    for wrong, message in (
+        ((*rene, "--objective", "divergence"), "needs inputs; give them with --data"),
+        ((*rene, "--objective", "divergense"), "nearest: divergence"),
+        (("-b", "macs=0.5", "--objective", "divergence"), "are for --search rene"),
+    ):
+        code, _, err = run(capsys, monkeypatch, *common, *wrong, "--out", str(tmp_path / "none"))
+        assert (code, message in err, err.count("\n")) == (2, True, 1)
