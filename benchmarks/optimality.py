@@ -52,14 +52,14 @@ def main() -> None:
                 alone = time.perf_counter() - start
                 bound = SEARCHES["exact"](settled).bound or 0.0
                 start = time.perf_counter()
-                plan, _ = search_plan(
+                chosen = search_plan(
                     curves.curves,
                     curves.layers,
                     curves.before,
                     budget=Budget(macs=fraction),
                     search=partial(_given, found),
                 )
-                apply_plan(model, plan)
+                apply_plan(model, chosen.plan, factors=chosen.factors)
                 fitting = time.perf_counter() - start
                 factorising = curves.seconds + fitting + max(searching - alone, 0.0)
                 records.append(

@@ -50,8 +50,8 @@ def main() -> None:
 
         def score(label: str, search: Search, budget: float, chosen: Any = (source, fifth, curves, model)) -> None:
             origin, examples, have, name = chosen
-            plan, _ = search_plan(have.curves, have.layers, have.before, budget=Budget(macs=budget), search=search)
-            student, plan = apply_plan(origin.model, plan)
+            found = search_plan(have.curves, have.layers, have.before, budget=Budget(macs=budget), search=search)
+            student, plan = apply_plan(origin.model, found.plan, factors=found.factors)
             kept = plan.after.kept(plan.before)
             records.append(
                 record(

@@ -21,9 +21,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rankfold.budget import UNITS
-from rankfold.decompositions import DECOMPOSITIONS, Expansion, Grid, expand, fit, relative_error, wiring_of
+from rankfold.decompositions import (
+    DECOMPOSITIONS,
+    Expansion,
+    Factors,
+    Grid,
+    expand,
+    family_of,
+    fit,
+    relative_error,
+    wiring_of,
+)
 from rankfold.decompositions.als import alternate
 from rankfold.plan import LayerSpec
+from rankfold.wiring import LayerShape
 
 BALANCE = 1 / 16
 """How far apart the shares of inputs and outputs kept by a balanced decomposition may be.
@@ -37,11 +48,15 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Fit:
-    """A candidate that was fitted: its ranks, its parameters, and its error as a share of the closed form's."""
+    """A candidate that was fitted: its ranks, its parameters, and its error over that before the fit.
+
+    `factors` are those that reach it, where they are the ones a plan would use.
+    """
 
     ranks: tuple[int, ...]
     params: int
     ratio: float
+    factors: Factors | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -50,8 +65,8 @@ class Curve:
 
     `tried` are the decompositions that were asked for. `methods[k]` is the decomposition's name (None: dense),
     `ranks[k]` one rank per bond, `errors[k]` the squared relative error, `costs[unit][k]` the weight's cost.
-    `closed[k]` is the error of the closed form, which `errors` equals where the decomposition needs no fit; elsewhere
-    it is scaled by what the `fits` of the same decomposition reached. `weight` is the weight that was measured, None
+    `closed[k]` is the error before any fit, which `errors` equals where none is needed; elsewhere it is scaled by what
+    the `fits` of the same family reached. `weight` is the weight that was measured, None
     where the errors are given and final.
     """
 
@@ -70,10 +85,20 @@ class Curve:
 
     def settled(self, k: int) -> bool:
         """Whether the error of a candidate is known, and not interpolated between others."""
-        method = self.methods[k]
-        if method is None or self.weight is None or not needs_fit(method, self.layer):
+        family = self.family(k)
+        if family is None or self.weight is None:
             return True
-        return any(one.ranks == self.ranks[k] for one in self.fits.get(method, ()))
+        return any(one.ranks == self.ranks[k] for one in self.fits.get(family, ()))
+
+    def factors(self, k: int) -> Factors | None:
+        """The factors of a candidate, where it was fitted as a plan would have it."""
+        known = self.fits.get(self.family(k) or "", ())
+        return next((one.factors for one in known if one.ranks == self.ranks[k] and one.factors is not None), None)
+
+    def family(self, k: int) -> str | None:
+        """The family of candidates that a candidate is fitted among; None where its error is that of a closed form."""
+        method = self.methods[k]
+        return None if method is None else family_of(method, self.layer.shape, self.ranks[k])
 
 
 @dataclass(frozen=True)
@@ -104,14 +129,10 @@ def measure_layer(
             continue
         seen.add(wiring)
         expansion = expand(name, weight, layer.shape)
-        candidates = _joined([_candidates(name, layer, grid, units) for grid in expansion.grids()], units)
-        parts.append(_fitted(candidates, weight, expansion) if needs_fit(name, layer) else candidates)
+        for grid in expansion.grids():
+            candidates = _candidates(name, layer, grid, units)
+            parts.append(_fitted(candidates, weight, expansion, layer.shape))
     return replace(_merged(layer, tuple(names), parts, units), weight=weight)
-
-
-def needs_fit(name: str, layer: LayerSpec) -> bool:
-    """Whether a decomposition's closed form on a layer is only a start."""
-    return bool(layer.shape.taps) and DECOMPOSITIONS[name].knots > 0
 
 
 def visit(curve: Curve, places: Sequence[int], *, starts: int = 1) -> Curve:
@@ -123,16 +144,19 @@ def visit(curve: Curve, places: Sequence[int], *, starts: int = 1) -> Curve:
         method, weight = cast(str, curve.methods[k]), cast(Tensor, curve.weight)
         factors = fit(method, weight, curve.layer.shape, curve.ranks[k], layer=curve.layer.name, starts=starts)
         reached = relative_error(weight.double(), wiring_of(method, curve.layer.shape), factors)
-        ratio = min(reached / max(float(curve.closed[k]), 1e-300), 1.0)
-        fits.setdefault(method, []).append(Fit(curve.ranks[k], int(curve.costs["params"][k]), ratio))
+        ratio = reached / max(float(curve.closed[k]), 1e-300)
+        fits.setdefault(cast(str, curve.family(k)), []).append(
+            Fit(curve.ranks[k], int(curve.costs["params"][k]), ratio, factors)
+        )
     return refitted(curve, fits)
 
 
 def refitted(curve: Curve, fits: Mapping[str, Sequence[Fit]]) -> Curve:
     """The curve with these fits in place of its own, and its errors interpolated between them."""
     errors = curve.closed.copy()
-    for method, known in fits.items():
-        own = np.array([name == method for name in curve.methods])
+    families = [curve.family(k) for k in range(len(curve))]
+    for family, known in fits.items():
+        own = np.array([name == family for name in families])
         errors[own] *= _ratios(curve.costs["params"][own], known)
     return replace(curve, errors=errors, fits={name: tuple(known) for name, known in fits.items()})
 
@@ -237,7 +261,7 @@ def _merged(layer: LayerSpec, tried: tuple[str, ...], parts: Sequence[_Candidate
         errors[front],
         {unit: cost[front] for unit, cost in costs.items()},
         closed[front],
-        {part.name: part.fits for part in parts if part.fits},
+        {cast(str, family_of(part.name, layer.shape, part.fits[0].ranks)): part.fits for part in parts if part.fits},
     )
 
 
@@ -254,24 +278,14 @@ def _balanced(name: str, layer: LayerSpec, ranks: Sequence[IntArray]) -> npt.NDA
     return np.asarray(np.abs(opened / inputs - summed / outputs) <= slack + 1e-12)
 
 
-def _joined(parts: Sequence[_Candidates], units: Sequence[str]) -> _Candidates:
-    """The candidates of several grids of one decomposition, pruned together."""
-    errors = np.concatenate([part.errors for part in parts])
-    costs = {unit: np.concatenate([part.costs[unit] for part in parts]) for unit in UNITS}
-    front = pareto(errors, [costs[unit] for unit in units])
-    ranks = np.concatenate([part.ranks for part in parts])[front]
-    kept = {unit: cost[front] for unit, cost in costs.items()}
-    return _Candidates(parts[0].name, ranks, errors[front], errors[front], kept)
-
-
-def _fitted(candidates: _Candidates, weight: Tensor, expansion: Expansion) -> _Candidates:
-    """The candidates with their errors scaled to what alternating least squares makes of the closed form.
+def _fitted(candidates: _Candidates, weight: Tensor, expansion: Expansion, shape: LayerShape) -> _Candidates:
+    """The candidates with their errors scaled to what alternating least squares reaches, where they are of a family.
 
     The ratio is measured at a few candidates, from a sixteenth to three quarters of the largest, and interpolated over
     the logarithm of the parameters.
     """
     method = DECOMPOSITIONS[candidates.name]
-    if not len(candidates.errors):
+    if not len(candidates.errors) or family_of(candidates.name, shape, list(candidates.ranks[0])) is None:
         return candidates
     params = candidates.costs["params"]
     size = np.log(params)
@@ -283,7 +297,7 @@ def _fitted(candidates: _Candidates, weight: Tensor, expansion: Expansion) -> _C
         ranks = tuple(int(rank) for rank in candidates.ranks[knot])
         factors = alternate(exact_weight, expansion.wiring, expansion.factors(ranks), sweeps=method.sweeps // 3)
         reached = relative_error(exact_weight, expansion.wiring, factors)
-        fits.append(Fit(ranks, int(params[knot]), min(reached / max(candidates.closed[knot], 1e-300), 1.0)))
+        fits.append(Fit(ranks, int(params[knot]), float(reached / max(candidates.closed[knot], 1e-300))))
     return replace(candidates, errors=candidates.closed * _ratios(params, fits), fits=tuple(fits))
 
 
@@ -291,6 +305,6 @@ def _ratios(params: IntArray, fits: Sequence[Fit]) -> FloatArray:
     """The fits' ratios, interpolated over the logarithm of the parameters; of fits of one size the best counts."""
     best: dict[int, float] = {}
     for one in fits:
-        best[one.params] = min(one.ratio, best.get(one.params, 1.0))
+        best[one.params] = min(one.ratio, best.get(one.params, np.inf))
     sizes = sorted(best)
     return np.interp(np.log(params), np.log(sizes), [best[size] for size in sizes])

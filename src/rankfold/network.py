@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from rankfold.budget import Cost
-from rankfold.decompositions import fit, relative_error, wiring_of
+from rankfold.decompositions import Factors, fit, relative_error, wiring_of
 from rankfold.errors import ModelError, PlanError, UnknownNameError
 from rankfold.layers import FLOATS, LAYER_KINDS, factorised, shape_of, stage_weights, weight_of
 from rankfold.plan import LayerPlan, LayerSpec, Plan
@@ -187,10 +187,13 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
 
 
-def apply_plan(model: nn.Module, plan: Plan, *, progress: Progress = silent) -> tuple[nn.Module, Plan]:
+def apply_plan(
+    model: nn.Module, plan: Plan, *, factors: Mapping[str, Factors] | None = None, progress: Progress = silent
+) -> tuple[nn.Module, Plan]:
     """A copy of the model with the plan's layers factorised, and the plan with the errors that were reached.
 
-    The original is untouched. Raises PlanError where the plan does not fit the model.
+    The original is untouched. `factors` are those already at hand, by layer name; others are fitted. Raises PlanError
+    where the plan does not fit the model.
     """
     student = duplicate(model)
     reached = []
@@ -203,9 +206,11 @@ def apply_plan(model: nn.Module, plan: Plan, *, progress: Progress = silent) -> 
         shape = shape_of(module)
         wiring = wiring_of(layer.decomposition, shape)
         weight = weight_of(module)
-        factors = fit(layer.decomposition, weight, shape, layer.ranks, layer=layer.name, starts=layer.starts)
-        stored = tuple(factor.to(weight.dtype).double() for factor in factors)
-        swap_(student, layer, factors)
+        found = (factors or {}).get(layer.name)
+        if found is None:
+            found = fit(layer.decomposition, weight, shape, layer.ranks, layer=layer.name, starts=layer.starts)
+        stored = tuple(factor.to(weight.dtype).double() for factor in found)
+        swap_(student, layer, found)
         reached.append(replace(layer, error=relative_error(weight.double(), wiring, stored)))
     progress("fitting factors", len(plan.layers), len(plan.layers))
     return student, plan.with_layers(tuple(reached))

@@ -11,7 +11,7 @@ from torch import nn
 
 from rankfold.budget import UNITS, Budget, Cost
 from rankfold.curves import Curve, measure_layer, smallest_form
-from rankfold.decompositions import DECOMPOSITIONS
+from rankfold.decompositions import DECOMPOSITIONS, Factors
 from rankfold.decompositions import decomposition as known_decomposition
 from rankfold.errors import ModelError, RankfoldError, UnknownNameError
 from rankfold.layers import weight_of
@@ -59,6 +59,15 @@ class Result:
         return self.plan.after
 
 
+@dataclass(frozen=True)
+class Found:
+    """A search's plan, its history if it keeps one, and the factors it has fitted already, by layer name."""
+
+    plan: Plan
+    trace: Trace | None
+    factors: Mapping[str, Factors]
+
+
 def compress(
     model: nn.Module,
     example_inputs: Inputs,
@@ -85,13 +94,13 @@ def compress(
     layers = find_layers(model, example_inputs, include=include, exclude=exclude)
     choices, layers = assign(layers, decomposition)
     curves = measure(model, layers, choices, units=budget.units, progress=progress)
-    plan, trace = search_plan(curves, layers, before, budget=budget, search=search, progress=progress)
-    plan = replace(plan, settings={**plan.settings, "decomposition": _as_json(decomposition)})
-    student, plan = apply_plan(model, plan, progress=progress)
+    found = search_plan(curves, layers, before, budget=budget, search=search, progress=progress)
+    plan = replace(found.plan, settings={**found.plan.settings, "decomposition": _as_json(decomposition)})
+    student, plan = apply_plan(model, plan, factors=found.factors, progress=progress)
     measured = _verified_cost(model, student, plan, example_inputs)
     if measured != plan.after:
         raise RankfoldError(f"the plan predicts {plan.after}, the compressed model has {measured}: please report this")
-    return Result(student, plan, time.perf_counter() - start, trace)
+    return Result(student, plan, time.perf_counter() - start, found.trace)
 
 
 def assign(layers: Layers, decomposition: Decompositions) -> tuple[dict[str, tuple[str, ...]], Layers]:
@@ -145,7 +154,7 @@ def make_plan(
     curves: Sequence[Curve], layers: Layers, before: Cost, *, budget: Budget, search: str | Search = "exact"
 ) -> Plan:
     """The plan a search finds within the budget; raises BudgetError, naming the smallest feasible one, if none is."""
-    return search_plan(curves, layers, before, budget=budget, search=search)[0]
+    return search_plan(curves, layers, before, budget=budget, search=search).plan
 
 
 def search_plan(
@@ -156,15 +165,15 @@ def search_plan(
     budget: Budget,
     search: str | Search = "exact",
     progress: Progress = silent,
-) -> tuple[Plan, Trace | None]:
-    """The plan a search finds within the budget, and the search's history; raises BudgetError where there is none.
+) -> Found:
+    """What a search finds within the budget; raises BudgetError where there is no plan.
 
     Where the budget limits the error, every chosen candidate is fitted before it is relied on.
     """
     progress("searching ranks", 0, 1)
     problem = pose(curves, before, budget)
     find = known_search(search) if isinstance(search, str) else search
-    selection = settle(problem, find, progress) if budget.error is not None else find(problem, progress)
+    selection = settle(problem, find, progress)
     progress("searching ranks", 1, 1)
     chosen = selection.curves or problem.curves
     planned = tuple(_planned(curve, k, problem.starts) for curve, k in zip(chosen, selection.choices, strict=True))
@@ -178,7 +187,10 @@ def search_plan(
         "bound": selection.bound,
     }
     hopeless = {curve.layer.name: no_gain(curve) for curve in curves if len(curve) == 1}
-    return Plan(planned, {**layers.skipped, **hopeless}, before, after, settings), selection.trace
+    plan = Plan(planned, {**layers.skipped, **hopeless}, before, after, settings)
+    pairs = zip(chosen, selection.choices, strict=True)
+    fitted = {curve.layer.name: factors for curve, k in pairs if (factors := curve.factors(k)) is not None}
+    return Found(plan, selection.trace, fitted)
 
 
 def pose(curves: Sequence[Curve], before: Cost, budget: Budget) -> Problem:

@@ -32,6 +32,7 @@ __all__ = [
     "Grid",
     "decomposition",
     "expand",
+    "family_of",
     "fit",
     "reconstruct",
     "relative_error",
@@ -51,6 +52,11 @@ def decomposition(name: str) -> Decomposition:
 def wiring_of(name: str, shape: LayerShape) -> Wiring:
     """The wiring of a decomposition on a layer: on one without taps, all of them are the matrix SVD."""
     return decomposition(name).wiring(shape.taps) if shape.taps else MATRIX
+
+
+def family_of(name: str, shape: LayerShape, ranks: Sequence[int]) -> str | None:
+    """The family of a decomposition's ranks that have to be fitted; None where the closed form is all there is."""
+    return decomposition(name).family(ranks) if shape.taps else None
 
 
 def expand(name: str, weight: Tensor, shape: LayerShape) -> Expansion:
@@ -81,7 +87,7 @@ def fit(
     expansion = expansion or expand(name, weight, shape)
     _check_ranks(name, wiring, shape, ranks, layer)
     weight = weight.double()
-    rounds = sweeps if sweeps is not None else (decomposition(name).sweeps if shape.taps else 0)
+    rounds = sweeps if sweeps is not None else decomposition(name).sweeps if family_of(name, shape, ranks) else 0
     factors = alternate(weight, wiring, expansion.factors(ranks), sweeps=rounds)
     if rounds and starts > 1:
         others = (_random(wiring, shape, ranks, weight, seed) for seed in range(1, starts))

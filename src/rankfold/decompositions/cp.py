@@ -83,4 +83,5 @@ CP = Decomposition(
     expand=CpExpansion,
     sweeps=50,
     knots=3,
+    family=lambda ranks: "cp",
 )

@@ -16,4 +16,5 @@ CP3 = Decomposition(
     expand=CpExpansion,
     sweeps=80,
     knots=3,
+    family=lambda ranks: "cp3",
 )

@@ -36,7 +36,8 @@ class Grid:
 class Expansion(ABC):
     """A weight expanded once, from which the factors at any ranks are read off.
 
-    `errors` never rise with a rank and bound the error of `factors` at the same ranks from above.
+    Errors never rise with a rank and bound the error of `factors` at the same ranks from above; in the families of an
+    optimistic decomposition they bound what any fit can reach from below.
     """
 
     wiring: Wiring
@@ -58,17 +59,21 @@ class Expansion(ABC):
 class Decomposition:
     """A row of the table: a name, the wiring for given taps, and the expansion of a weight along it.
 
-    `sweeps` is how many rounds of alternating least squares follow the closed form, at most (0: it is the best,
-    or better left alone); `knots` at how many candidates an error curve is fitted by a third as many rounds.
-    `balanced` restricts a search to ranks whose first and last bond keep about the same share of inputs and outputs
-    (see `curves.BALANCE`). `expand` takes the weight, the wiring and whether to avoid Gram matrices (`leading_basis`).
+    `sweeps` is how many rounds of alternating least squares follow the closed form, at most, where `family` names a
+    family for the ranks; where it gives None the closed form is the best, or better left alone. The errors of a family
+    are known from fits at `knots` candidates, by a third as many rounds, and interpolated between them. `optimistic`
+    says that before a fit they are bounds from below, not what the closed form reaches. `balanced` restricts a search
+    to ranks whose first and last bond keep about the same share of inputs and outputs (see `curves.BALANCE`). `expand`
+    takes the weight, the wiring and whether to avoid Gram matrices (`leading_basis`).
     """
 
     name: str
     wiring: Callable[[str], Wiring]
     expand: Callable[[Tensor, Wiring, bool], Expansion]
-    sweeps: int
+    sweeps: int = 0
     knots: int = 0
+    family: Callable[[Sequence[int]], str | None] = lambda ranks: None
+    optimistic: bool = False
     balanced: bool = False
 
 

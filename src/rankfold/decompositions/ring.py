@@ -4,6 +4,9 @@ Zhao et al., arXiv 1606.05535. For a given size of the carried bond A the weight
 vectors, the largest first) is folded into A × B, component b·A + a, and what follows is a tensor train over B, the taps
 and outputs × A: the TR-SVD of that paper with its first split made explicit. A ring with A = 1 is a train; it is among
 the candidates, so that a ring is never worse.
+
+With A > 1 that closed form is far from the best. What a ring (A, B, C, …) can reach at most is the train with the ranks
+(A·B, A·C, …), of which it is a special case; that error stands for it until it is fitted.
 """
 
 from __future__ import annotations
@@ -36,11 +39,17 @@ class RingExpansion(Expansion):
         self._trains: dict[int, Train] = {}
 
     def grids(self) -> tuple[Grid, ...]:
-        grids = []
-        for carried in CARRIED:
+        train = self._train(1).grid()
+        grids = [Grid((np.array([1]), *train.ranks), train.errors[None])]
+        for carried in CARRIED[1:]:
             if carried <= self._core.shape[1]:
-                train = self._train(carried).grid()
-                grids.append(Grid((np.array([carried]), *train.ranks), train.errors[None]))
+                largest = self._train(carried).max_ranks()
+                ranks = [axis[axis <= most] for axis, most in zip(train.ranks, largest, strict=True)]
+                unfolded = [
+                    np.minimum(np.searchsorted(known, carried * axis), len(known) - 1)
+                    for known, axis in zip(train.ranks, ranks, strict=True)
+                ]
+                grids.append(Grid((np.array([carried]), *ranks), train.errors[np.ix_(*unfolded)][None]))
         return tuple(grids)
 
     def max_ranks(self) -> tuple[int, ...]:
@@ -77,4 +86,13 @@ def _wiring(taps: str) -> Wiring:
     return Wiring(("AiB", *chain, f"{bonds[-1]}oA"))
 
 
-RING = Decomposition(name="ring", wiring=_wiring, expand=RingExpansion, sweeps=0, balanced=True)
+RING = Decomposition(
+    name="ring",
+    wiring=_wiring,
+    expand=RingExpansion,
+    sweeps=30,
+    knots=3,
+    family=lambda ranks: f"ring {ranks[0]}" if ranks[0] > 1 else None,
+    optimistic=True,
+    balanced=True,
+)

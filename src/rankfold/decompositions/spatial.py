@@ -17,4 +17,4 @@ def _wiring(taps: str) -> Wiring:
     return Wiring((f"Ai{taps[:1]}", f"o{taps[1:]}A"))
 
 
-SPATIAL = Decomposition(name="spatial", wiring=_wiring, expand=TwoFactorExpansion, sweeps=0)
+SPATIAL = Decomposition(name="spatial", wiring=_wiring, expand=TwoFactorExpansion)

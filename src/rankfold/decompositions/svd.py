@@ -56,5 +56,4 @@ SVD = Decomposition(
     name="svd",
     wiring=lambda taps: Wiring((f"Ai{taps}", "oA")),
     expand=TwoFactorExpansion,
-    sweeps=0,
 )

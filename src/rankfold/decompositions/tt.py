@@ -147,4 +147,4 @@ def _wiring(taps: str) -> Wiring:
     return Wiring(("Ai", *chain, f"o{bonds[-1]}"))
 
 
-TT = Decomposition(name="tt", wiring=_wiring, expand=TrainExpansion, sweeps=0, balanced=True)
+TT = Decomposition(name="tt", wiring=_wiring, expand=TrainExpansion, balanced=True)

@@ -50,6 +50,5 @@ TUCKER = Decomposition(
     name="tucker",
     wiring=lambda taps: Wiring(("Ai", f"BA{taps}", "oB")),
     expand=TuckerExpansion,
-    sweeps=0,
     balanced=True,
 )

@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from rankfold.budget import UNITS
 from rankfold.curves import Curve, Fit, FloatArray, refitted
@@ -161,7 +160,7 @@ class _Run:
             "stage": self.stage,
             "point": asdict(self.point) if self.point else None,
             "fits": [
-                {name: [asdict(one) for one in known] for name, known in curve.fits.items()}
+                {name: [(one.ranks, one.params, one.ratio) for one in known] for name, known in curve.fits.items()}
                 for curve in self.problem.curves
             ],
             "steps": [asdict(step) for step in self.steps],
@@ -178,14 +177,10 @@ class _Run:
         )
         self.steps = [step_from_dict(entry) for entry in state["steps"]]
         curves = [
-            refitted(curve, {name: [_fit_from(one) for one in known] for name, known in fits.items()})
+            refitted(curve, {name: [Fit(tuple(r), *rest) for r, *rest in known] for name, known in fits.items()})
             for curve, fits in zip(self.problem.curves, state["fits"], strict=True)
         ]
         self.problem = replace(self.problem, curves=tuple(curves))
-
-
-def _fit_from(entry: dict[str, Any]) -> Fit:
-    return Fit(tuple(entry["ranks"]), int(entry["params"]), float(entry["ratio"]))
 
 
 def _label(curve: Curve, k: int) -> str:

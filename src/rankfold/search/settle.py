@@ -22,21 +22,32 @@ ROUNDS = 24
 
 
 def settle(problem: Problem, search: Search, progress: Progress = silent) -> Selection:
-    """What the search chooses once every chosen candidate is fitted.
+    """What the search chooses once nothing it relies on is a guess.
 
-    Where the error is limited, the next cheaper candidate of the same decomposition is fitted as well, so that a layer
-    is not left dearer than it must be because of an interpolated error.
+    Where the error is limited, every chosen candidate is fitted, and the next cheaper one of its family as well, so
+    that a layer is not left dearer than it must be because of an interpolated error. Otherwise interpolated errors are
+    good enough, but optimistic ones are not.
     """
+    strict = ERROR in problem.limited
     for turn in range(ROUNDS):
         selection = search(problem, progress)
         problem = replace(problem, curves=selection.curves or problem.curves)
-        wanted = [unsettled(curve, k, problem) for curve, k in zip(problem.curves, selection.choices, strict=True)]
+        wanted = [
+            unsettled(curve, k, problem) if strict or _guessed(curve, k) else []
+            for curve, k in zip(problem.curves, selection.choices, strict=True)
+        ]
         left = sum(map(bool, wanted))
         if not left:
             break
         progress("fitting candidates", 0, left, f"refinement {turn + 1}")
         problem = visited(problem, wanted, progress)
     return replace(selection, curves=problem.curves)
+
+
+def _guessed(curve: Curve, k: int) -> bool:
+    """Whether a candidate's error is a bound from below, scaled by those of others that were fitted."""
+    method = curve.methods[k]
+    return method is not None and DECOMPOSITIONS[method].optimistic and not curve.settled(k)
 
 
 def visited(problem: Problem, wanted: Sequence[Sequence[int]], progress: Progress = silent) -> Problem:
@@ -64,10 +75,13 @@ def unsettled(curve: Curve, chosen: int, problem: Problem) -> list[int]:
     if ERROR not in problem.limited:
         return wanted
     cost = problem.values(curve) if problem.minimise != ERROR else problem.pressure(curve)
-    order = [int(k) for k in np.argsort(cost, kind="stable") if curve.methods[k] == curve.methods[chosen]]
+    family = curve.family(chosen)
+    if family is None:
+        return wanted
+    order = [int(k) for k in np.argsort(cost, kind="stable") if curve.family(int(k)) == family]
     place = order.index(chosen)
     gap = next((step for step in range(1, place + 1) if curve.settled(order[place - step])), place + 1)
     below = {place - 1, place - gap // 2} if place and gap > 1 else set()
-    if len(curve.fits.get(str(curve.methods[chosen]), ())) <= DECOMPOSITIONS[str(curve.methods[chosen])].knots:
+    if len(curve.fits.get(family, ())) <= DECOMPOSITIONS[str(curve.methods[chosen])].knots:
         below |= {place >> halvings for halvings in range(1, place.bit_length() + 1)}
     return wanted + [order[position] for position in sorted(below) if not curve.settled(order[position])]

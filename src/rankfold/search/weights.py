@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rankfold.curves import Curve, needs_fit
+from rankfold.curves import Curve
 from rankfold.decompositions import Expansion, Factors, expand, fit, reconstruct
 from rankfold.errors import BudgetError
 
@@ -34,6 +34,6 @@ class Reconstructions:
         factors = self._fitted.get(fitted)
         if factors is None:
             factors = fit(method, original, curve.layer.shape, curve.ranks[k], expansion=expansion)
-            if needs_fit(method, curve.layer):
+            if curve.family(k):
                 self._fitted[fitted] = factors
         return reconstruct(expansion.wiring, factors).to(original.dtype)
