@@ -252,7 +252,9 @@ def _merged(layer: LayerSpec, tried: tuple[str, ...], parts: Sequence[_Candidate
         for unit in UNITS
     }
     front = pareto(errors, [costs[unit] for unit in units])
-    front = np.append(0, front[front != 0][::-1])
+    front = np.union1d(front, _rivals(parts, errors, [costs[unit] for unit in units]))
+    front = front[np.argsort(-costs[units[0]][front], kind="stable")]
+    front = np.append(0, front[front != 0])
     return Curve(
         layer,
         tried,
@@ -263,6 +265,23 @@ def _merged(layer: LayerSpec, tried: tuple[str, ...], parts: Sequence[_Candidate
         closed[front],
         {cast(str, family_of(part.name, layer.shape, part.fits[0].ranks)): part.fits for part in parts if part.fits},
     )
+
+
+def _rivals(parts: Sequence[_Candidates], errors: FloatArray, costs: Sequence[IntArray]) -> IntArray:
+    """The candidates that only others of their own family match: their errors are interpolated, so none is dropped."""
+    kept = [np.empty(0, dtype=np.int64)]
+    start = 1
+    for part in parts:
+        own = np.arange(start, start + len(part.errors))
+        start += len(part.errors)
+        if not part.fits or len(own) == 0:
+            continue
+        others = np.setdiff1d(np.arange(len(errors)), own)
+        matched = errors[others][None] <= errors[own][:, None]
+        for cost in costs:
+            matched &= cost[others][None] <= cost[own][:, None]
+        kept.append(own[~matched.any(1)])
+    return np.concatenate(kept)
 
 
 def _balanced(name: str, layer: LayerSpec, ranks: Sequence[IntArray]) -> npt.NDArray[np.bool_]:
@@ -285,7 +304,7 @@ def _fitted(candidates: _Candidates, weight: Tensor, expansion: Expansion, shape
     the logarithm of the parameters.
     """
     method = DECOMPOSITIONS[candidates.name]
-    if not len(candidates.errors) or family_of(candidates.name, shape, list(candidates.ranks[0])) is None:
+    if not len(candidates.errors) or family_of(candidates.name, shape, candidates.ranks[0].tolist()) is None:
         return candidates
     params = candidates.costs["params"]
     size = np.log(params)

@@ -156,8 +156,10 @@ def test_every_search_keeps_a_limit_on_the_error_and_is_no_cheaper_than_the_boun
     assert found.objective >= SEARCHES["exact"](problem).bound - 1e-9
 
 
-@pytest.mark.parametrize("search", SEARCH_NAMES)
-@pytest.mark.parametrize("name", ["spatial", "tucker", "cp3", "auto"])
+@pytest.mark.parametrize(
+    ("search", "name"),
+    [*itertools.product(SEARCH_NAMES, ["spatial", "tucker"]), ("exact", "cp3"), ("greedy", "ring"), ("rene", "auto")],
+)
 def test_a_limit_on_the_error_holds_for_the_factors_that_come_out(
     name: str, search: str, small_cnn: nn.Module, image: torch.Tensor
 ):

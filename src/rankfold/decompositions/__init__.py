@@ -42,6 +42,12 @@ __all__ = [
 DECOMPOSITIONS: dict[str, Decomposition] = {d.name: d for d in (SVD, SPATIAL, TUCKER, TT, CP, CP3, RING)}
 
 
+_PATIENCE = 4
+"""Rounds of a random start, as a multiple of those from the closed form, which is closer to the end."""
+_AGREEMENT = 0.02
+"""Relative difference up to which starts are taken to have found the same error."""
+
+
 def decomposition(name: str) -> Decomposition:
     """The decomposition called `name`; raises UnknownNameError, with the nearest names, where there is none."""
     if name not in DECOMPOSITIONS:
@@ -80,8 +86,9 @@ def fit(
 
     `sweeps` overrides the decomposition's own. With more than one of `starts` the others are random, from fixed seeds,
     and the best outcome counts: where a weight has a small exact rank, alternating least squares from the closed form
-    may stop short of it. `expansion` saves the work of expanding the weight again. Raises PlanError for ranks that are
-    not positive, not one per bond, or larger than of any use.
+    may stop short of it. Starts end early once three of them reached the least error. `expansion` saves the work of
+    expanding the weight again. Raises PlanError for ranks that are not positive, not one per bond, or larger than of
+    any use.
     """
     wiring = wiring_of(name, shape)
     expansion = expansion or expand(name, weight, shape)
@@ -89,10 +96,16 @@ def fit(
     weight = weight.double()
     rounds = sweeps if sweeps is not None else decomposition(name).sweeps if family_of(name, shape, ranks) else 0
     factors = alternate(weight, wiring, expansion.factors(ranks), sweeps=rounds)
-    if rounds and starts > 1:
-        others = (_random(wiring, shape, ranks, weight, seed) for seed in range(1, starts))
-        found = [factors, *(alternate(weight, wiring, start, sweeps=4 * rounds, tolerance=1e-4) for start in others)]
-        factors = min(found, key=lambda one: relative_error(weight, wiring, one))
+    reached = [relative_error(weight, wiring, factors)] if starts > 1 else []
+    for seed in range(1, starts if rounds else 1):
+        start = _random(wiring, shape, ranks, weight, seed)
+        found = alternate(weight, wiring, start, sweeps=_PATIENCE * rounds, tolerance=1e-4)
+        error = relative_error(weight, wiring, found)
+        if error < min(reached):
+            factors = found
+        reached.append(error)
+        if sum(one <= min(reached) * (1 + _AGREEMENT) for one in reached) == 3:
+            break
     return balance(wiring, factors)
 
 

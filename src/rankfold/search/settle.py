@@ -15,6 +15,7 @@ import numpy as np
 from rankfold.curves import Curve, visit
 from rankfold.decompositions import DECOMPOSITIONS
 from rankfold.progress import Progress, silent
+from rankfold.search.evbmf import evbmf_ranks
 from rankfold.search.problem import ERROR, Problem, Search, Selection
 
 ROUNDS = 24
@@ -66,8 +67,8 @@ def unsettled(curve: Curve, chosen: int, problem: Problem) -> list[int]:
     """The candidates to fit before `chosen` can be relied on: itself, and what bounds it from below.
 
     That is, where the error is limited, the next cheaper candidate, and one halfway to the next cheaper fitted one. At
-    first, ranks of a half, a quarter and so on are fitted as well: errors drop suddenly where a weight has a small
-    exact rank, and fits of ranks far above it may stop short of it.
+    first, ranks of a half, a quarter and so on are fitted as well, and the one that variational Bayes takes for signal:
+    errors drop suddenly where a weight has a small exact rank, and fits of ranks far above it may stop short of it.
     """
     if curve.methods[chosen] is None or curve.weight is None:
         return []
@@ -84,4 +85,6 @@ def unsettled(curve: Curve, chosen: int, problem: Problem) -> list[int]:
     below = {place - 1, place - gap // 2} if place and gap > 1 else set()
     if len(curve.fits.get(family, ())) <= DECOMPOSITIONS[str(curve.methods[chosen])].knots:
         below |= {place >> halvings for halvings in range(1, place.bit_length() + 1)}
+        signal = evbmf_ranks(str(curve.methods[chosen]), curve.weight, curve.layer.shape)
+        below |= {position for position in range(place) if curve.ranks[order[position]] == signal}
     return wanted + [order[position] for position in sorted(below) if not curve.settled(order[position])]
