@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from rankfold import ArtifactError, Budget, BudgetError, DataError, SearchError,
 from rankfold.curves import measure_layer
 from rankfold.decompositions import expand, reconstruct
 from rankfold.layers import module_weight, weight_of
+from rankfold.metric import Moment
 from rankfold.network import cost_of, find_layers
 from rankfold.objectives import Divergence, Validation
 from rankfold.pipeline import assign, measure, pose
@@ -134,6 +136,16 @@ def test_a_limited_error_is_met_by_the_smallest_fitted_rank(small_cnn: nn.Module
             assert curve.settled(max(cheaper, key=lambda j: curve.costs["macs"][j]))
 
 
+def test_a_limited_error_holds_when_refinement_is_cut_short(
+    small_cnn: nn.Module, image: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys.modules["rankfold.search.settle"], "ROUNDS", 1)
+    problem = problem_of(small_cnn, image, "cp", error=0.15)
+    found = settle(problem, SEARCHES["greedy"])
+    assert all(curve.settled(k) for curve in found.curves for k in range(len(curve)))
+    assert replace(problem, curves=found.curves).fits(found.choices)
+
+
 def test_history_cools_to_one_candidate_per_layer(small_cnn: nn.Module, image: torch.Tensor):
     result = compress(small_cnn, image, decomposition="tucker", budget=Budget(macs=0.5), search="rene")
     steps = result.trace.steps
@@ -232,8 +244,8 @@ def test_a_metric_weighs_directions(small_cnn: nn.Module, image: torch.Tensor):
     plain, _ = Reconstruction().gradient(problem.curves, weights, 0)
     assert plain == pytest.approx(0.25 * len(weights), rel=1e-5)
     n = weights[0].flatten(2).shape[-1]
-    moment = torch.diag(torch.linspace(0, 2, n))[None]
-    metric = Reconstruction({problem.curves[0].layer.name: moment})
+    moment = torch.diag(torch.linspace(0, 2, n, dtype=torch.float64))[None]
+    metric = Reconstruction({problem.curves[0].layer.name: Moment(moment, positions=100)})
     assert not metric.separable
     loss, slopes = metric.gradient(problem.curves, weights, 0)
     assert loss == pytest.approx(plain, rel=1e-5)  # half the weight everywhere is a quarter of the error in any metric

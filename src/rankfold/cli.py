@@ -270,6 +270,8 @@ def _search(
             raise BudgetError(f"--objective and --checkpoint are for --search rene, not {name}")
         return name
     if objective == OBJECTIVES[0]:
+        if data is not None:
+            raise BudgetError("--data is for --objective divergence or validation")
         return Rene(checkpoint=checkpoint)
     if data is None:
         raise DataError(f"--objective {objective} needs inputs; give them with --data, for example npz:train.npz")

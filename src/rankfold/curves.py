@@ -156,8 +156,10 @@ def refitted(curve: Curve, fits: Mapping[str, Sequence[Fit]]) -> Curve:
     errors = curve.closed.copy()
     families = [curve.family(k) for k in range(len(curve))]
     for family, known in fits.items():
-        own = np.array([name == family for name in families])
-        errors[own] *= _ratios(curve.costs["params"][own], known)
+        own = np.flatnonzero([name == family for name in families])
+        scale = _ratios(curve.costs["params"][own], known)
+        measured = {one.ranks: one.ratio for one in known}
+        errors[own] *= [measured.get(curve.ranks[k], ratio) for k, ratio in zip(own, scale, strict=True)]
     return replace(curve, errors=errors, fits={name: tuple(known) for name, known in fits.items()})
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from rankfold.curves import Curve
+from rankfold.metric import IDENTITY, Moment
 
 
 class Objective(ABC):
@@ -45,12 +45,12 @@ class Objective(ABC):
 class Reconstruction(Objective):
     """The sum over layers of the squared relative error of the weight; needs no data.
 
-    ‖(W − Ŵ) Σ^½‖² / ‖W Σ^½‖², where Σ is the second moment of a layer's input patches, shape (g, n, n) with n the
-    inputs times the taps. `metric` maps layer names to Σ; a layer without one is measured by the Frobenius norm. With
-    `relative=False` the errors are not divided by the weight's own size, as published.
+    ‖(W − Ŵ) Σ^½‖² / ‖W Σ^½‖², where Σ is the second moment of a layer's input patches. `metric` maps layer names to Σ
+    (`rankfold.calibration` measures it); a layer without one is measured by the Frobenius norm. With `relative=False`
+    the errors are not divided by the weight's own size, as published.
     """
 
-    metric: Mapping[str, Float[Tensor, "g n n"]] = field(default_factory=dict)
+    metric: Mapping[str, Moment] = field(default_factory=dict)
     relative: bool = True
 
     @property
@@ -64,20 +64,17 @@ class Reconstruction(Objective):
         total, slopes = 0.0, []
         for curve, weight in zip(curves, weights, strict=True):
             original = cast(Tensor, curve.weight).to(weight.dtype)
-            residual = (weight - original).flatten(2)
-            moment = self.metric.get(curve.layer.name)
-            moved = residual if moment is None else residual @ moment.to(weight.dtype)
-            scale = 1.0
-            if self.relative:
-                whole = original.flatten(2)
-                size = whole if moment is None else whole @ moment.to(weight.dtype)
-                scale = 1 / max(float((size * whole).sum()), 1e-300)
+            residual = weight - original
+            moment = self.metric.get(curve.layer.name, IDENTITY)
+            moved = moment.applied(residual)
+            scale = 1 / max(float(moment.energy(original)), 1e-300) if self.relative else 1.0
             total += scale * float((moved * residual).sum())
-            slopes.append((2 * scale * moved).reshape(weight.shape))
+            slopes.append(2 * scale * moved)
         return total, tuple(slopes)
 
     def describe(self) -> str:
-        where = f" in the metric of {len(self.metric)} layers" if self.metric else ""
+        seen = sum(moment.positions for moment in self.metric.values())
+        where = f" in the metric of {len(self.metric)} layers, {seen} patches" if self.metric else ""
         return f"{'relative' if self.relative else 'absolute'} reconstruction error{where}"
 
 

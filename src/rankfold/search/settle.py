@@ -12,14 +12,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from rankfold.curves import Curve, visit
+from rankfold.curves import Curve, subset, visit
 from rankfold.decompositions import DECOMPOSITIONS
 from rankfold.progress import Progress, silent
 from rankfold.search.evbmf import evbmf_ranks
 from rankfold.search.problem import ERROR, Problem, Search, Selection
 
 ROUNDS = 24
-"""Refinements after which the last plan is taken that keeps the limits with what has been fitted."""
+"""Refinements after which the search has to do with the candidates that are fitted."""
 
 
 def settle(problem: Problem, search: Search, progress: Progress = silent) -> Selection:
@@ -42,7 +42,15 @@ def settle(problem: Problem, search: Search, progress: Progress = silent) -> Sel
             break
         progress("fitting candidates", 0, left, f"refinement {turn + 1}")
         problem = visited(problem, wanted, progress)
+    else:
+        problem = replace(problem, curves=tuple(_known(curve) for curve in problem.curves))
+        selection = search(problem, progress)
     return replace(selection, curves=problem.curves)
+
+
+def _known(curve: Curve) -> Curve:
+    """The curve's candidates whose errors are known."""
+    return subset(curve, np.flatnonzero([curve.settled(k) for k in range(len(curve))]))
 
 
 def _guessed(curve: Curve, k: int) -> bool:
