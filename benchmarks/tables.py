@@ -82,8 +82,30 @@ def cell(value: Any) -> str:
     return str(value)
 
 
+def against() -> str:
+    """The published search and the budgeted form at its MACs, a row each."""
+    header = ["", "MACs kept", "parameters kept", "sum of errors", "top-1 %", "seconds", "GiB", "dense layers"]
+    rows = []
+    for one in newest("published_against_exact"):
+        name = f"{one['decomposition']}: {one['method']}"
+        if "failed" in one:
+            rows.append([name, one["failed"], *["–"] * 6])
+            continue
+        shares = [f"{100 * one[key]:.1f} %" for key in ("macs_kept", "params_kept")]
+        numbers = [f"{one['objective']:.3f}", f"{one['top1']:.2f}", f"{one['seconds']:.1f}", f"{one['peak_gib']:.2f}"]
+        rows.append([name, *shares, *numbers, str(one["kept_dense"])])
+    return table(header, rows)
+
+
+def fill(path: Path, marker: str, body: str) -> None:
+    """Puts a text between a file's markers."""
+    filled = f"<!-- {marker} -->\n{body}\n<!-- /{marker} -->"
+    pattern = rf"<!-- {marker} -->(.*<!-- /{marker} -->)?"
+    path.write_text(re.sub(pattern, lambda _: filled, path.read_text(), flags=re.DOTALL))
+
+
 def main() -> None:
-    """Writes docs/results.md, and the README's table between its markers."""
+    """Writes docs/results.md, and the tables between the markers of the README and docs/search.md."""
     sections = ["# Results\n\nMade by `python benchmarks/tables.py` from benchmarks/results; not to be edited."]
     titles = {
         "resnet20_frobenius": "ResNet-20 on CIFAR-10 at half the MACs, from the weights alone",
@@ -106,16 +128,19 @@ def main() -> None:
             continue
         if name == "tucker_choices":
             body = choices()
+        elif name == "published_against_exact":
+            body = against()
         else:
             body = accuracies(records) if "error_reached" in records[0] and "top1" in records[0] else facts(records)
         sections.append(f"## {title}\n\n{body}\n\n{source(records)}")
     (ROOT / "docs").mkdir(exist_ok=True)
     (ROOT / "docs" / "results.md").write_text("\n\n".join(sections) + "\n")
     records = newest("resnet20_frobenius")
-    readme = ROOT / "README.md"
-    filled = f"<!-- results -->\n{accuracies(records)}\n\n{source(records)}\n<!-- /results -->"
-    text = re.sub(r"<!-- results -->(.*<!-- /results -->)?", lambda _: filled, readme.read_text(), flags=re.DOTALL)
-    readme.write_text(text)
+    fill(ROOT / "README.md", "results", f"{accuracies(records)}\n\n{source(records)}")
+    records = newest("end_to_end")
+    fill(ROOT / "docs" / "search.md", "end to end", f"\n{accuracies(records)}\n\n{source(records)}")
+    records = newest("published_against_exact")
+    fill(ROOT / "docs" / "search.md", "published", f"\n{against()}\n\n{source(records)}")
 
 
 if __name__ == "__main__":
