@@ -32,11 +32,12 @@ def planted(name: str, seed: int, decibels: int) -> tuple[tuple[int, ...], torch
     """Ranks, and a weight that has them but for the noise."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     rank = int(rng.integers(3, 10))
+    half = rank // 2 + 1
     last = round(rank * SHAPE.outputs / SHAPE.inputs)
     ranks = {
         "tucker": (rank, last),
         "tt": (rank, int(rng.integers(rank, 2 * rank)), last),
-        "ring": (2, rank // 2 + 1, int(rng.integers(rank // 2 + 1, rank + 1)), last // 2 + 1),
+        "ring": (2, half, int(rng.integers(half, rank + 1)), round(half * SHAPE.outputs / SHAPE.inputs)),
     }.get(name, (rank,))
     wiring = wiring_of(name, SHAPE)
     sizes = {**SHAPE.sizes, **dict(zip(wiring.bonds, ranks, strict=True))}

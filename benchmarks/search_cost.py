@@ -11,6 +11,7 @@ import resource
 import subprocess
 import sys
 import time
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -41,15 +42,19 @@ def synthetic(layers: int, candidates: int) -> Problem:
     return Problem(tuple(curves), {"macs": total // 2}, Cost(0, 0, 0), Cost(total, total, 4 * total))
 
 
-def searching(layers: int, candidates: int) -> float:
-    """Median seconds of three searches."""
+def searching(layers: int, candidates: int) -> dict[str, float]:
+    """Median seconds of three searches, and the peak of what another one allocates."""
     problem = synthetic(layers, candidates)
     times = []
     for _ in range(3):
         start = time.perf_counter()
         Rene()(problem)
         times.append(time.perf_counter() - start)
-    return float(np.median(times))
+    tracemalloc.start()
+    Rene()(problem)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return {"seconds": float(np.median(times)), "peak_gib": peak / 2**30}
 
 
 def wide(width: int) -> dict[str, float]:
@@ -68,6 +73,14 @@ def exponent(sizes: tuple[int, ...], values: list[float]) -> float:
     return float(np.polyfit(np.log(sizes[half:]), np.log(values[half:]), 1)[0])
 
 
+def add(records: list[dict[str, Any]], label: str, sizes: tuple[int, ...], found: list[dict[str, float]]) -> None:
+    """Adds a series to the records, with the exponents of its time and memory."""
+    exponents = {f"exponent_of_{key}": exponent(sizes, [one[key] for one in found]) for key in ("seconds", "peak_gib")}
+    for size, one in zip(sizes, found, strict=True):
+        records.append(record(against=label, size=size, **one, **exponents))
+        print(records[-1], flush=True)
+
+
 def main() -> None:
     """Three series with their exponents, and what they say of a network of seven billion parameters."""
     if len(sys.argv) > 1:
@@ -79,26 +92,20 @@ def main() -> None:
         "layers (256 candidates each)": ((8, 32, 128, 512), lambda n: searching(n, 256)),
     }
     for label, (sizes, measured) in series.items():
-        times = [measured(size) for size in sizes]
-        for size, seconds in zip(sizes, times, strict=True):
-            records.append(record(against=label, size=size, seconds=seconds, exponent=exponent(sizes, times)))
-            print(records[-1], flush=True)
+        add(records, label, sizes, [measured(size) for size in sizes])
     found = []
     for width in WIDTHS:
         done = subprocess.run([sys.executable, __file__, str(width)], capture_output=True, text=True, check=True)
         found.append(json.loads(done.stdout))
         print(width, found[-1], flush=True)
+    add(records, "width of a square Linear layer: its error curve", WIDTHS, found)
     times = [one["seconds"] for one in found]
-    for width, one in zip(WIDTHS, found, strict=True):
-        label = "width of a square Linear layer: its error curve"
-        records.append(record(against=label, size=width, exponent=exponent(WIDTHS, times), **one))
-    power = exponent(WIDTHS, times)
     at_4096 = times[WIDTHS.index(4096)]
     # 32 blocks of four 4096×4096 and three 4096×11008 matrices; a Gram matrix is of the smaller side
     products = 32 * (4 * at_4096 + 3 * at_4096 * (1 + 0.5 * (11008 / 4096 - 1)))
-    extrapolated = {"seconds": products + searching(224, 512), "exponent": power}
+    seconds = products + searching(224, 512)["seconds"]
     label = "extrapolated, not measured: a transformer of 7e9 parameters, 224 matrices of 4096×4096 and 4096×11008"
-    records.append(record(against=label, size=7_000_000_000, **extrapolated))
+    records.append(record(against=label, size=7_000_000_000, seconds=seconds, peak_gib=found[3]["peak_gib"]))
     write(records)
 
 

@@ -50,12 +50,14 @@ FloatArray = npt.NDArray[np.float64]
 class Fit:
     """A candidate that was fitted: its ranks, its parameters, and its error over that before the fit.
 
-    `factors` are those that reach it, where they are the ones a plan would use.
+    `full` says that it was fitted as a plan would have it, not with fewer rounds for a first idea of the curve; then
+    `factors` are those that reach the error.
     """
 
     ranks: tuple[int, ...]
     params: int
     ratio: float
+    full: bool = False
     factors: Factors | None = field(default=None, compare=False, repr=False)
 
 
@@ -88,7 +90,7 @@ class Curve:
         family = self.family(k)
         if family is None or self.weight is None:
             return True
-        return any(one.ranks == self.ranks[k] for one in self.fits.get(family, ()))
+        return any(one.full and one.ranks == self.ranks[k] for one in self.fits.get(family, ()))
 
     def factors(self, k: int) -> Factors | None:
         """The factors of a candidate, where it was fitted as a plan would have it."""
@@ -146,7 +148,7 @@ def visit(curve: Curve, places: Sequence[int], *, starts: int = 1) -> Curve:
         reached = relative_error(weight.double(), wiring_of(method, curve.layer.shape), factors)
         ratio = reached / max(float(curve.closed[k]), 1e-300)
         fits.setdefault(cast(str, curve.family(k)), []).append(
-            Fit(curve.ranks[k], int(curve.costs["params"][k]), ratio, factors)
+            Fit(curve.ranks[k], int(curve.costs["params"][k]), ratio, True, factors)
         )
     return refitted(curve, fits)
 
@@ -158,7 +160,7 @@ def refitted(curve: Curve, fits: Mapping[str, Sequence[Fit]]) -> Curve:
     for family, known in fits.items():
         own = np.flatnonzero([name == family for name in families])
         scale = _ratios(curve.costs["params"][own], known)
-        measured = {one.ranks: one.ratio for one in known}
+        measured = {one.ranks: one.ratio for one in sorted(known, key=lambda one: one.full)}
         errors[own] *= [measured.get(curve.ranks[k], ratio) for k, ratio in zip(own, scale, strict=True)]
     return replace(curve, errors=errors, fits={name: tuple(known) for name, known in fits.items()})
 

@@ -19,8 +19,8 @@ class Moment:
     """The second moment of a layer's patches, per group: E[x xᵀ], x in the order (inputs, taps).
 
     Whole where `joint` is set, shape (g, n, n). Where that would be too large, it is taken to be the Kronecker product
-    of that of the inputs (g, i, i), the mean over taps, and that of the taps (g, t, t), the mean over inputs, divided by
-    the mean square; without any of them it is the identity. `positions` is how many patches were seen.
+    of that of the inputs (g, i, i), the mean over taps, and that of the taps (g, t, t), the mean over inputs, divided
+    by the mean square; without any of them it is the identity. `positions` is how many patches were seen.
     """
 
     joint: Float64[Tensor, "g n n"] | None = None

@@ -44,7 +44,7 @@ DECOMPOSITIONS: dict[str, Decomposition] = {d.name: d for d in (SVD, SPATIAL, TU
 
 _PATIENCE = 4
 """Rounds of a random start, as a multiple of those from the closed form, which is closer to the end."""
-_AGREEMENT = 0.02
+_AGREEMENT = 0.005
 """Relative difference up to which starts are taken to have found the same error."""
 
 
@@ -86,7 +86,7 @@ def fit(
 
     `sweeps` overrides the decomposition's own. With more than one of `starts` the others are random, from fixed seeds,
     and the best outcome counts: where a weight has a small exact rank, alternating least squares from the closed form
-    may stop short of it. Starts end early once three of them reached the least error. `expansion` saves the work of
+    may stop short of it. Starts end early once four of them reached the least error. `expansion` saves the work of
     expanding the weight again. Raises PlanError for ranks that are not positive, not one per bond, or larger than of
     any use.
     """
@@ -104,7 +104,7 @@ def fit(
         if error < min(reached):
             factors = found
         reached.append(error)
-        if sum(one <= min(reached) * (1 + _AGREEMENT) for one in reached) == 3:
+        if sum(one <= min(reached) * (1 + _AGREEMENT) for one in reached) == 4:
             break
     return balance(wiring, factors)
 

@@ -125,7 +125,7 @@ class _Run:
     def _fit(self, choices: Sequence[int]) -> bool:
         """Fits what was chosen and has not been; whether there was anything."""
         problem = self.problem
-        wanted = [unsettled(curve, k, problem) for curve, k in zip(problem.curves, choices, strict=True)]
+        wanted = unsettled(problem, choices)
         self.problem = visited(problem, wanted, self.progress)
         return any(wanted)
 
@@ -160,7 +160,10 @@ class _Run:
             "stage": self.stage,
             "point": asdict(self.point) if self.point else None,
             "fits": [
-                {name: [(one.ranks, one.params, one.ratio) for one in known] for name, known in curve.fits.items()}
+                {
+                    name: [(one.ranks, one.params, one.ratio, one.full) for one in known]
+                    for name, known in curve.fits.items()
+                }
                 for curve in self.problem.curves
             ],
             "steps": [asdict(step) for step in self.steps],

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from rankfold.curves import Curve, subset, visit
+from rankfold.curves import Curve, FloatArray, subset, visit
 from rankfold.decompositions import DECOMPOSITIONS
 from rankfold.progress import Progress, silent
 from rankfold.search.evbmf import evbmf_ranks
@@ -33,10 +33,10 @@ def settle(problem: Problem, search: Search, progress: Progress = silent) -> Sel
     for turn in range(ROUNDS):
         selection = search(problem, progress)
         problem = replace(problem, curves=selection.curves or problem.curves)
-        wanted = [
-            unsettled(curve, k, problem) if strict or _guessed(curve, k) else []
-            for curve, k in zip(problem.curves, selection.choices, strict=True)
-        ]
+        wanted = unsettled(problem, selection.choices)
+        if not strict:
+            pairs = zip(problem.curves, selection.choices, wanted, strict=True)
+            wanted = [places if _guessed(curve, k) else [] for curve, k, places in pairs]
         left = sum(map(bool, wanted))
         if not left:
             break
@@ -59,6 +59,13 @@ def _guessed(curve: Curve, k: int) -> bool:
     return method is not None and DECOMPOSITIONS[method].optimistic and not curve.settled(k)
 
 
+def _hopeful(curve: Curve, chosen: int, cost: FloatArray, slack: float) -> list[int]:
+    """The cheapest candidate that may still take the place of `chosen`: its bound from below says that it can."""
+    cheaper = (cost < cost[chosen]) & (curve.closed <= curve.errors[chosen] + slack)
+    able = [k for k in np.flatnonzero(cheaper) if _guessed(curve, int(k))]
+    return [int(min(able, key=lambda k: cost[k]))] if able else []
+
+
 def visited(problem: Problem, wanted: Sequence[Sequence[int]], progress: Progress = silent) -> Problem:
     """The problem with the wanted candidates fitted."""
     total = sum(map(bool, wanted))
@@ -71,7 +78,13 @@ def visited(problem: Problem, wanted: Sequence[Sequence[int]], progress: Progres
     return replace(problem, curves=tuple(result))
 
 
-def unsettled(curve: Curve, chosen: int, problem: Problem) -> list[int]:
+def unsettled(problem: Problem, choices: Sequence[int]) -> list[list[int]]:
+    """For each curve the candidates to fit before its choice can be relied on."""
+    slack = max(problem.error - problem.used(choices, ERROR), 0.0) if ERROR in problem.limited else 0.0
+    return [_unsettled(curve, k, problem, slack) for curve, k in zip(problem.curves, choices, strict=True)]
+
+
+def _unsettled(curve: Curve, chosen: int, problem: Problem, slack: float) -> list[int]:
     """The candidates to fit before `chosen` can be relied on: itself, and what bounds it from below.
 
     That is, where the error is limited, the next cheaper candidate, and one halfway to the next cheaper fitted one. At
@@ -84,6 +97,7 @@ def unsettled(curve: Curve, chosen: int, problem: Problem) -> list[int]:
     if ERROR not in problem.limited:
         return wanted
     cost = problem.values(curve) if problem.minimise != ERROR else problem.pressure(curve)
+    wanted += _hopeful(curve, chosen, cost, slack)
     family = curve.family(chosen)
     if family is None:
         return wanted
