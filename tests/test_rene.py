@@ -146,6 +146,16 @@ def test_a_limited_error_holds_when_refinement_is_cut_short(
     assert replace(problem, curves=found.curves).fits(found.choices)
 
 
+def test_stages_come_to_an_end(
+    small_cnn: nn.Module, image: torch.Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(sys.modules["rankfold.search.rene"], "STAGES", 1)
+    problem = problem_of(small_cnn, image, "cp3", macs=0.6)
+    found = Rene(checkpoint=tmp_path / "search.json")(problem)
+    assert all(curve.settled(k) for curve in found.curves for k in range(len(curve)))
+    assert Rene(checkpoint=tmp_path / "search.json")(problem).choices == found.choices
+
+
 def test_history_cools_to_one_candidate_per_layer(small_cnn: nn.Module, image: torch.Tensor):
     result = compress(small_cnn, image, decomposition="tucker", budget=Budget(macs=0.5), search="rene")
     steps = result.trace.steps

@@ -31,13 +31,13 @@ from rankfold.search.objective import Objective, Reconstruction
 from rankfold.search.problem import ERROR, Problem, Selection, check_feasible
 from rankfold.search.relaxation import cooled, entropy
 from rankfold.search.rounding import rounded
-from rankfold.search.settle import unsettled, visited
+from rankfold.search.settle import known, unsettled, visited
 from rankfold.search.trace import Step, Trace, step_from_dict
 
 HOT, COLD = 0.1, 1e-4
 """First and last temperature, as shares of the mean range of prices within a layer."""
 STAGES = 24
-"""Refinements after which the search stops in any case."""
+"""Stages after which the search has to do with the candidates that are fitted."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,10 @@ class _Run:
         while True:
             choices = self._cool()
             self.stage += 1
-            if self.stage >= STAGES or not self._fit(choices):
+            if not self._fit(choices):
                 return choices
+            if self.stage == STAGES:
+                self.problem = known(self.problem)
             self._save()
 
     def _cool(self) -> tuple[int, ...]:
@@ -160,10 +162,7 @@ class _Run:
             "stage": self.stage,
             "point": asdict(self.point) if self.point else None,
             "fits": [
-                {
-                    name: [(one.ranks, one.params, one.ratio, one.full) for one in known]
-                    for name, known in curve.fits.items()
-                }
+                {name: [(f.ranks, f.params, f.ratio, f.full) for f in fitted] for name, fitted in curve.fits.items()}
                 for curve in self.problem.curves
             ],
             "steps": [asdict(step) for step in self.steps],
@@ -180,10 +179,12 @@ class _Run:
         )
         self.steps = [step_from_dict(entry) for entry in state["steps"]]
         curves = [
-            refitted(curve, {name: [Fit(tuple(r), *rest) for r, *rest in known] for name, known in fits.items()})
+            refitted(curve, {name: [Fit(tuple(r), *rest) for r, *rest in fitted] for name, fitted in fits.items()})
             for curve, fits in zip(self.problem.curves, state["fits"], strict=True)
         ]
         self.problem = replace(self.problem, curves=tuple(curves))
+        if self.stage >= STAGES:
+            self.problem = known(self.problem)
 
 
 def _label(curve: Curve, k: int) -> str:

@@ -43,14 +43,15 @@ def settle(problem: Problem, search: Search, progress: Progress = silent) -> Sel
         progress("fitting candidates", 0, left, f"refinement {turn + 1}")
         problem = visited(problem, wanted, progress)
     else:
-        problem = replace(problem, curves=tuple(_known(curve) for curve in problem.curves))
+        problem = known(problem)
         selection = search(problem, progress)
     return replace(selection, curves=problem.curves)
 
 
-def _known(curve: Curve) -> Curve:
-    """The curve's candidates whose errors are known."""
-    return subset(curve, np.flatnonzero([curve.settled(k) for k in range(len(curve))]))
+def known(problem: Problem) -> Problem:
+    """The problem with the candidates alone whose errors are known."""
+    curves = [subset(c, np.flatnonzero([c.settled(k) for k in range(len(c))])) for c in problem.curves]
+    return replace(problem, curves=tuple(curves))
 
 
 def _guessed(curve: Curve, k: int) -> bool:
