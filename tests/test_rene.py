@@ -24,6 +24,7 @@ from rankfold.pipeline import assign, measure, pose
 from rankfold.search import SEARCHES, Problem, Reconstruction, Rene
 from rankfold.search.objective import inner
 from rankfold.search.relaxation import entropy, relax
+from rankfold.search.rounding import polished
 from rankfold.search.settle import settle
 
 
@@ -55,7 +56,7 @@ def test_relaxed_distributions_keep_the_budget_on_average_and_are_stationary(tem
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 6, 3)).eval()
     problem = problem_of(model, torch.zeros(1, 4, 9, 9), "spatial", macs=fraction)
     prices = [problem.values(curve) for curve in problem.curves]
-    distributions = relax(problem, prices, temperature)
+    distributions = relax(problem, prices, temperature).distributions
     expected = sum(float(p @ curve.costs["macs"]) for p, curve in zip(distributions, problem.curves, strict=True))
     assert expected <= problem.room("macs") * (1 + 1e-5)
     multipliers = []
@@ -114,6 +115,22 @@ def test_separable_search_is_within_half_a_percent_of_the_bound_and_uses_its_bud
     assert found.objective <= reference.bound * 1.005
     assert settled.used(found.choices, "macs") >= 0.99 * settled.used(reference.choices, "macs")
     assert all(curve.settled(k) for curve, k in zip(found.curves, found.choices, strict=True))
+
+
+def test_a_layer_with_very_many_ranks_fills_the_budget():
+    """Ranks so far from the present one that their probability is zero are still told apart."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(800, 500), nn.Linear(500, 10)).eval()
+    example = torch.zeros(1, 800)
+    for fraction in (0.3, 0.1):
+        problem = problem_of(model, example, "svd", params=fraction)
+        cheapest = [int(problem.pressure(curve).argmin()) for curve in problem.curves]
+        prices = [problem.pressure(curve) for curve in problem.curves]  # that lead the wrong way
+        assert problem.objective(polished(problem, cheapest, prices)) == SEARCHES["exact"](problem).objective
+        found = Rene()(problem)
+        best = SEARCHES["exact"](problem)
+        assert found.objective <= best.bound * 1.005
+        assert problem.used(found.choices, "params") >= 0.99 * problem.used(best.choices, "params")
 
 
 def test_only_candidates_that_the_stages_visit_are_fitted(small_cnn: nn.Module, image: torch.Tensor):

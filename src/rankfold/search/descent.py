@@ -20,7 +20,7 @@ from rankfold.curves import Curve, FloatArray, IntArray, subset
 from rankfold.errors import SearchError
 from rankfold.search.objective import Objective, inner
 from rankfold.search.problem import Problem
-from rankfold.search.relaxation import cooled
+from rankfold.search.relaxation import Relaxed, cooled
 from rankfold.search.rounding import rounded
 from rankfold.search.weights import Reconstructions
 
@@ -50,13 +50,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a descent: the loss before it, the candidates it had, their distribution, and where it led."""
+    """One turn of a descent: the loss before it, the candidates it had, their last distribution, and where it led."""
 
     point: Point
     loss: float
     window: Problem
-    distributions: list[FloatArray]
-    temperature: float
+    relaxed: Relaxed
 
 
 def descended(problem: Problem, objective: Objective, point: Point, turns: int) -> Iterator[Turn]:
@@ -82,8 +81,8 @@ def descended(problem: Problem, objective: Objective, point: Point, turns: int) 
         seen = {point.choices}
         for trial in TRIALS:
             prices = [s + trial * proximity * d for s, d in zip(slope, distance, strict=True)]
-            distributions, temperature = cooled(window, prices, COLD)
-            found = rounded(window, distributions, values=prices)
+            relaxed = cooled(window, prices, COLD)
+            found = rounded(window, relaxed.reduced, values=prices)
             choices = tuple(int(part[k]) for part, k in zip(places, found or (), strict=False))
             if found is None or choices in seen:
                 continue
@@ -97,7 +96,7 @@ def descended(problem: Problem, objective: Objective, point: Point, turns: int) 
             point = Point(best, point.turn + 1, point.vain + 1, spacing, proximity)
         else:
             point = Point(best, point.turn + 1, 0, point.spacing, best_proximity)
-        yield Turn(point, loss, window, distributions, temperature)
+        yield Turn(point, loss, window, relaxed)
 
 
 def _prices(

@@ -9,6 +9,7 @@ temperature τ falls to zero, p goes to the vertices of the linear relaxation.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.optimize
@@ -20,17 +21,32 @@ _CYCLES = 8
 _DOUBLINGS = 80
 
 
-def relax(problem: Problem, prices: Sequence[FloatArray], temperature: float) -> list[FloatArray]:
-    """Each layer's distribution over its candidates at the prices v and the temperature τ of this module's head."""
+@dataclass(frozen=True)
+class Relaxed:
+    """Each layer's distribution over its candidates, and their reduced prices v + Σ μ c, the least of a layer zero.
+
+    The likeliest candidate is that of least reduced price; the prices tell apart what is too unlikely for a number.
+    """
+
+    distributions: list[FloatArray]
+    reduced: list[FloatArray]
+    temperature: float
+
+
+def relax(problem: Problem, prices: Sequence[FloatArray], temperature: float) -> Relaxed:
+    """The minimiser at the prices v and the temperature τ of this module's head."""
     sizes = [len(price) for price in prices]
     starts = np.cumsum([0, *sizes[:-1]])
     flat = np.concatenate(prices)
     shares = shares_of(problem, problem.curves)
     multipliers = np.zeros(len(shares))
 
+    def reduced() -> FloatArray:
+        total = flat + multipliers @ shares if len(shares) else flat
+        return np.asarray(total - np.repeat(np.minimum.reduceat(total, starts), sizes))
+
     def distribution() -> FloatArray:
-        logits = -(flat + multipliers @ shares) / temperature if len(shares) else -flat / temperature
-        weights = np.exp(logits - np.repeat(np.maximum.reduceat(logits, starts), sizes))
+        weights = np.exp(-reduced() / temperature)
         return np.asarray(weights / np.repeat(np.add.reduceat(weights, starts), sizes))
 
     def excess(multiplier: float, limit: int) -> float:
@@ -43,13 +59,12 @@ def relax(problem: Problem, prices: Sequence[FloatArray], temperature: float) ->
             multipliers[limit] = _root(excess, limit, max(float(np.ptp(flat)), 1e-12))
         if np.allclose(before, multipliers, rtol=1e-4, atol=0):
             break
-    return np.split(distribution(), starts[1:])
+    return Relaxed(np.split(distribution(), starts[1:]), np.split(reduced(), starts[1:]), temperature)
 
 
-def cooled(problem: Problem, prices: Sequence[FloatArray], temperature: float) -> tuple[list[FloatArray], float]:
-    """`relax` at a temperature given as a share of the mean range of prices within a layer, and that temperature."""
-    absolute = temperature * (float(np.mean([np.ptp(price) for price in prices])) or 1.0)
-    return relax(problem, prices, absolute), absolute
+def cooled(problem: Problem, prices: Sequence[FloatArray], temperature: float) -> Relaxed:
+    """`relax` at a temperature given as a share of the mean range of prices within a layer."""
+    return relax(problem, prices, temperature * (float(np.mean([np.ptp(price) for price in prices])) or 1.0))
 
 
 def _root(excess: Callable[[float, int], float], limit: int, scale: float) -> float:
@@ -59,7 +74,7 @@ def _root(excess: Callable[[float, int], float], limit: int, scale: float) -> fl
     low, high = 0.0, scale
     for _ in range(_DOUBLINGS):
         if excess(high, limit) <= 0:
-            return float(scipy.optimize.brentq(excess, low, high, args=(limit,), xtol=1e-12 * high, rtol=1e-7))
+            return float(scipy.optimize.brentq(excess, low, high, args=(limit,), xtol=1e-12 * high, rtol=1e-11))
         low, high = high, 4 * high
     return high
 

@@ -22,14 +22,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from rankfold.budget import UNITS
-from rankfold.curves import Curve, Fit, FloatArray, refitted
+from rankfold.curves import Curve, Fit, refitted
 from rankfold.errors import BudgetError
 from rankfold.progress import Progress, silent
 from rankfold.search import checkpoint as files
 from rankfold.search.descent import Point, descended
 from rankfold.search.objective import Objective, Reconstruction
 from rankfold.search.problem import ERROR, Problem, Selection, check_feasible
-from rankfold.search.relaxation import cooled, entropy
+from rankfold.search.relaxation import Relaxed, cooled, entropy
 from rankfold.search.rounding import rounded
 from rankfold.search.settle import known, unsettled, visited
 from rankfold.search.trace import Step, Trace, step_from_dict
@@ -106,10 +106,10 @@ class _Run:
         prices = [problem.values(curve) for curve in problem.curves]
         for iteration in range(total):
             share = HOT * (COLD / HOT) ** (iteration / max(total - 1, 1))
-            distributions, temperature = cooled(problem, prices, share)
-            expected = sum(float(p @ v) for p, v in zip(distributions, prices, strict=True))
-            self._record(problem, distributions, {"expected": expected}, temperature, iteration)
-        choices = rounded(problem, distributions)
+            relaxed = cooled(problem, prices, share)
+            expected = sum(float(p @ v) for p, v in zip(relaxed.distributions, prices, strict=True))
+            self._record(problem, relaxed, {"expected": expected}, iteration)
+        choices = rounded(problem, relaxed.reduced)
         if choices is None:
             raise BudgetError("search 'rene' finds no plan for these limits together; search 'exact' does")
         return choices
@@ -120,7 +120,7 @@ class _Run:
         for turn in descended(self.problem, self.settings.objective, self.point, self.settings.turns):
             self.point = turn.point
             losses = {"objective": turn.loss}
-            self._record(turn.window, turn.distributions, losses, turn.temperature, turn.point.turn - 1)
+            self._record(turn.window, turn.relaxed, losses, turn.point.turn - 1)
             self._save()
         return self.point.choices
 
@@ -131,23 +131,16 @@ class _Run:
         self.problem = visited(problem, wanted, self.progress)
         return any(wanted)
 
-    def _record(
-        self,
-        problem: Problem,
-        distributions: Sequence[FloatArray],
-        losses: dict[str, float],
-        temperature: float,
-        iteration: int,
-    ) -> None:
+    def _record(self, problem: Problem, relaxed: Relaxed, losses: dict[str, float], iteration: int) -> None:
         """A step over the candidates of `problem`."""
-        pairs = list(zip(problem.curves, distributions, strict=True))
+        pairs = list(zip(problem.curves, relaxed.distributions, strict=True))
         costs = {
             unit: float(getattr(problem.fixed, unit)) + sum(float(p @ curve.costs[unit]) for curve, p in pairs)
             for unit in UNITS
         }
-        entropies = tuple(entropy(p) for p in distributions)
+        entropies = tuple(entropy(p) for p in relaxed.distributions)
         likeliest = tuple(_label(curve, int(p.argmax())) for curve, p in pairs)
-        self.steps.append(Step(self.stage, iteration, temperature, losses, costs, entropies, likeliest))
+        self.steps.append(Step(self.stage, iteration, relaxed.temperature, losses, costs, entropies, likeliest))
         unit = next(iter(problem.limits), "macs")
         kept = costs[unit] / max(getattr(problem.original, unit), 1)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())

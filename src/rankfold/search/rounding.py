@@ -15,17 +15,19 @@ from rankfold.curves import FloatArray, IntArray
 from rankfold.search.problem import Problem
 
 SWAPS = 64
-"""Candidates per layer that a swap may take."""
+"""Candidates per layer that a swap may take: those of least price."""
+BESIDE = 16
+"""And so many that cost a little more, and a little less, than the present one."""
 
 
 def rounded(
-    problem: Problem, distributions: Sequence[FloatArray], *, values: Sequence[FloatArray] | None = None
+    problem: Problem, reduced: Sequence[FloatArray], *, values: Sequence[FloatArray] | None = None
 ) -> tuple[int, ...] | None:
-    """One candidate per layer: the likeliest, repaired and improved by swaps; None where no plan was found."""
-    likeliest = [int(p.argmax()) for p in distributions]
+    """One candidate per layer: that of least reduced price, repaired and improved by swaps; None if none was found."""
+    likeliest = [int(price.argmin()) for price in reduced]
     cheapest = [int(problem.pressure(curve).argmin()) for curve in problem.curves]
     start = repaired(problem, likeliest, values=values) or repaired(problem, cheapest)
-    return polished(problem, start, [-p for p in distributions], values=values) if start else None
+    return polished(problem, start, reduced, values=values) if start else None
 
 
 def polished(
@@ -37,12 +39,34 @@ def polished(
 ) -> tuple[int, ...]:
     """The choices after every swap of one or two layers that lowers the sum of `values` and keeps the limits.
 
-    A layer moves to one of its `SWAPS` candidates of least price. `values` are the problem's own unless given. The
-    choices must keep the limits at the start.
+    A layer moves to one of its candidates of least price, or to one beside its present one. `values` are the problem's
+    own unless given. The choices must keep the limits at the start.
     """
-    chosen = list(choices)
     values = values or [problem.values(curve) for curve in problem.curves]
-    near = [np.argsort(price, kind="stable")[:SWAPS] for price in prices]
+    chosen = tuple(choices)
+    while True:
+        near = [
+            np.union1d(np.argsort(price, kind="stable")[:SWAPS], _beside(problem.pressure(curve), k))
+            for curve, price, k in zip(problem.curves, prices, chosen, strict=True)
+        ]
+        swapped = _swapped(problem, chosen, near, values)
+        if swapped == chosen:
+            return chosen
+        chosen = swapped
+
+
+def _beside(cost: FloatArray, k: int) -> IntArray:
+    """The candidates that cost a little more or less than the k-th."""
+    order = np.argsort(cost, kind="stable")
+    place = int(np.flatnonzero(order == k)[0])
+    return order[max(place - BESIDE, 0) : place + BESIDE + 1]
+
+
+def _swapped(
+    problem: Problem, choices: Sequence[int], near: Sequence[IntArray], values: Sequence[FloatArray]
+) -> tuple[int, ...]:
+    """The choices after swaps among the candidates that are `near`, always the one that helps most."""
+    chosen = list(choices)
     layers = np.repeat(np.arange(len(near)), [len(part) for part in near])
     places = np.concatenate(near)
     added = _at(values, near)
