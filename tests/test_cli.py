@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rankfold.artifact import load_trace
+from rankfold.artifact import load_plan, load_trace
 from rankfold.cli import main
 
 FACTORY = """
@@ -241,6 +241,16 @@ def test_searches_objectives_and_limits_on_the_error(factory: str, npz: Path, tm
     assert (code, err) == (0, "")
     assert checkpoint.is_file()
     assert any("objective" in step["losses"] for step in load_trace(out)["steps"])
+
+    out = tmp_path / "calibrated"
+    ends = ("-b", "macs=0.5", "--calibration", f"npz:{npz}", "--calibration-samples", "20")
+    code, text, err = run(capsys, monkeypatch, *common, *ends, "--out", str(out))
+    assert (code, err) == (0, "")
+    assert load_plan(out).settings["metric"] == "second moments"
+
+    ends = ("-b", "macs=0.5", "--calibration", "synthetic", "--calibration-samples", "8")
+    code, text, err = run(capsys, monkeypatch, *common, *ends, "--out", str(tmp_path / "synthetic"))
+    assert (code, err) == (0, "")
 
     out = tmp_path / "error"
     code, text, err = run(capsys, monkeypatch, *common, "-b", "error=0.1", "-b", "minimise=params", "--out", str(out))

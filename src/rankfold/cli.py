@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -120,6 +120,14 @@ def compress(
         str | None, typer.Option(help="Inputs for the objective: npz:PATH, imagefolder:DIR or module:factory.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many of them are used, evenly spaced.")] = 512,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="none; or synthetic, inputs made from the network; or npz:PATH, imagefolder:DIR, module:factory, "
+            "labels ignored: errors are then those of the layers' outputs on these inputs."
+        ),
+    ] = "none",
+    calibration_samples: Annotated[int, typer.Option(min=1, help="How many inputs, evenly spaced.")] = 512,
     checkpoint: Annotated[
         Path | None, typer.Option(help="File that rene keeps its state in, and goes on from when started again.")
     ] = None,
@@ -144,6 +152,7 @@ def compress(
             decomposition=_decompositions(decomposition or ["tucker"]),
             budget=limits,
             search=finder,
+            calibration=_calibration(calibration, calibration_samples, source, shape, progress),
             include=include or None,
             exclude=exclude or (),
             progress=progress,
@@ -247,6 +256,30 @@ def _open_model(
     return source, source.example(shape), shape
 
 
+def _calibration(
+    spec: str, samples: int, source: Source, shape: tuple[int, ...], progress: Any
+) -> Iterable[Any] | None:
+    """The batches that calibration is measured on; None for none."""
+    from rankfold.synthetic import synthetic_inputs
+
+    if spec == "none":
+        return None
+    if spec == "synthetic":
+        if source.vocabulary:
+            raise DataError("synthetic inputs are made for numbers, not tokens; give inputs with --calibration")
+        return synthetic_inputs(source.model, shape, samples, progress=progress)
+    return (x for x, _ in _examples(spec, samples, source, shape))
+
+
+def _examples(spec: str, samples: int, source: Source, shape: tuple[int, ...]) -> Iterator[tuple[Any, Any]]:
+    """Batches of evenly spaced examples with their labels."""
+    from rankfold.data import open_dataset
+
+    examples = open_dataset(spec, shape, source.normalised_by(shape[0])).sample(samples)
+    for start in range(0, len(examples), _BATCH):
+        yield examples.batch(start, start + _BATCH)
+
+
 def _search(
     name: str,
     objective: str,
@@ -258,7 +291,6 @@ def _search(
     checkpoint: Path | None,
 ) -> str | Search:
     """The search that the options of compress describe."""
-    from rankfold.data import open_dataset
     from rankfold.errors import UnknownNameError
     from rankfold.objectives import Divergence, Validation
     from rankfold.search import Rene
@@ -275,8 +307,7 @@ def _search(
         return Rene(checkpoint=checkpoint)
     if data is None:
         raise DataError(f"--objective {objective} needs inputs; give them with --data, for example npz:train.npz")
-    examples = open_dataset(data, shape, source.normalised_by(shape[0])).sample(samples)
-    pairs = [examples.batch(start, start + _BATCH) for start in range(0, len(examples), _BATCH)]
+    pairs = list(_examples(data, samples, source, shape))
     if objective == "validation":
         return Rene(objective=Validation(source.model, pairs), checkpoint=checkpoint)
     return Rene(objective=Divergence(source.model, [x for x, _ in pairs]), checkpoint=checkpoint)

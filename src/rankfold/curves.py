@@ -29,10 +29,10 @@ from rankfold.decompositions import (
     expand,
     family_of,
     fit,
-    relative_error,
+    metric_error,
     wiring_of,
 )
-from rankfold.decompositions.als import alternate
+from rankfold.metric import IDENTITY, Moment
 from rankfold.plan import LayerSpec
 from rankfold.wiring import LayerShape
 
@@ -41,6 +41,11 @@ BALANCE = 1 / 16
 
 Unbalanced ranks of Tucker reach a slightly lower error and a much lower accuracy: see benchmarks/tucker_choices.py.
 """
+
+METRIC_KNOTS = 4
+"""Candidates of a decomposition that are fitted, where errors are in a metric, before any search."""
+KNOT_STEPS = 40
+"""Steps of these fits."""
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -68,8 +73,8 @@ class Curve:
     `tried` are the decompositions that were asked for. `methods[k]` is the decomposition's name (None: dense),
     `ranks[k]` one rank per bond, `errors[k]` the squared relative error, `costs[unit][k]` the weight's cost.
     `closed[k]` is the error before any fit, which `errors` equals where none is needed; elsewhere it is scaled by what
-    the `fits` of the same family reached. `weight` is the weight that was measured, None
-    where the errors are given and final.
+    the `fits` of the same family reached. Errors are in the metric of `moment`, in which every candidate is fitted.
+    `weight` is the weight that was measured, None where the errors are given and final.
     """
 
     layer: LayerSpec
@@ -81,6 +86,7 @@ class Curve:
     closed: FloatArray = field(default_factory=lambda: np.empty(0))
     fits: Mapping[str, tuple[Fit, ...]] = field(default_factory=dict)
     weight: Float[Tensor, "g o i *taps"] | None = None
+    moment: Moment = IDENTITY
 
     def __len__(self) -> int:
         return len(self.errors)
@@ -100,7 +106,7 @@ class Curve:
     def family(self, k: int) -> str | None:
         """The family of candidates that a candidate is fitted among; None where its error is that of a closed form."""
         method = self.methods[k]
-        return None if method is None else family_of(method, self.layer.shape, self.ranks[k])
+        return None if method is None else _family(method, self.layer.shape, self.ranks[k], self.moment)
 
 
 @dataclass(frozen=True)
@@ -116,12 +122,18 @@ class _Candidates:
 
 
 def measure_layer(
-    layer: LayerSpec, weight: Float[Tensor, "g o i *taps"], names: Sequence[str], *, units: Sequence[str] = UNITS
+    layer: LayerSpec,
+    weight: Float[Tensor, "g o i *taps"],
+    names: Sequence[str],
+    *,
+    units: Sequence[str] = UNITS,
+    moment: Moment = IDENTITY,
 ) -> Curve:
     """The candidates of a layer among the decompositions `names`, none of them larger than the layer in any of `units`.
 
     Errors are squared relative Frobenius errors of the closed form; where that is far from the best (`knots`), of the
-    form fitted at a few candidates and interpolated between them.
+    form fitted at a few candidates and interpolated between them. With the `moment` of what goes into the layer all
+    errors are in its metric, and all decompositions are fitted so.
     """
     parts = []
     seen = set()
@@ -133,8 +145,13 @@ def measure_layer(
         expansion = expand(name, weight, layer.shape)
         for grid in expansion.grids():
             candidates = _candidates(name, layer, grid, units)
-            parts.append(_fitted(candidates, weight, expansion, layer.shape))
-    return replace(_merged(layer, tuple(names), parts, units), weight=weight)
+            parts.append(_fitted(candidates, weight, expansion, layer.shape, moment))
+    return replace(_merged(layer, tuple(names), parts, units, moment), weight=weight)
+
+
+def _family(name: str, shape: LayerShape, ranks: Sequence[int], moment: Moment) -> str | None:
+    """The family of `family_of`; in a metric what needs no fit otherwise is one as well, of the method's name."""
+    return family_of(name, shape, ranks) or (None if moment is IDENTITY else name)
 
 
 def visit(curve: Curve, places: Sequence[int], *, starts: int = 1) -> Curve:
@@ -144,8 +161,9 @@ def visit(curve: Curve, places: Sequence[int], *, starts: int = 1) -> Curve:
         if curve.settled(k):
             continue
         method, weight = cast(str, curve.methods[k]), cast(Tensor, curve.weight)
-        factors = fit(method, weight, curve.layer.shape, curve.ranks[k], layer=curve.layer.name, starts=starts)
-        reached = relative_error(weight.double(), wiring_of(method, curve.layer.shape), factors)
+        shape, moment = curve.layer.shape, curve.moment
+        factors = fit(method, weight, shape, curve.ranks[k], layer=curve.layer.name, starts=starts, moment=moment)
+        reached = metric_error(weight.double(), wiring_of(method, shape), factors, moment)
         ratio = reached / max(float(curve.closed[k]), 1e-300)
         fits.setdefault(cast(str, curve.family(k)), []).append(
             Fit(curve.ranks[k], int(curve.costs["params"][k]), ratio, True, factors)
@@ -244,7 +262,9 @@ def _candidates(name: str, layer: LayerSpec, grid: Grid, units: Sequence[str]) -
     return _Candidates(name, np.stack(ranks, 1)[front], errors[front], errors[front], kept)
 
 
-def _merged(layer: LayerSpec, tried: tuple[str, ...], parts: Sequence[_Candidates], units: Sequence[str]) -> Curve:
+def _merged(
+    layer: LayerSpec, tried: tuple[str, ...], parts: Sequence[_Candidates], units: Sequence[str], moment: Moment
+) -> Curve:
     """All parts and the dense layer as one curve, pruned together."""
     dense = layer.dense
     methods: list[str | None] = [None, *(part.name for part in parts for _ in part.errors)]
@@ -267,7 +287,8 @@ def _merged(layer: LayerSpec, tried: tuple[str, ...], parts: Sequence[_Candidate
         errors[front],
         {unit: cost[front] for unit, cost in costs.items()},
         closed[front],
-        {cast(str, family_of(part.name, layer.shape, part.fits[0].ranks)): part.fits for part in parts if part.fits},
+        {cast(str, _family(p.name, layer.shape, p.fits[0].ranks, moment)): p.fits for p in parts if p.fits},
+        moment=moment,
     )
 
 
@@ -301,25 +322,30 @@ def _balanced(name: str, layer: LayerSpec, ranks: Sequence[IntArray]) -> npt.NDA
     return np.asarray(np.abs(opened / inputs - summed / outputs) <= slack + 1e-12)
 
 
-def _fitted(candidates: _Candidates, weight: Tensor, expansion: Expansion, shape: LayerShape) -> _Candidates:
-    """The candidates with their errors scaled to what alternating least squares reaches, where they are of a family.
+def _fitted(
+    candidates: _Candidates, weight: Tensor, expansion: Expansion, shape: LayerShape, moment: Moment
+) -> _Candidates:
+    """The candidates with their errors scaled to what fitting reaches, where they are of a family.
 
     The ratio is measured at a few candidates, from a sixteenth to three quarters of the largest, and interpolated over
     the logarithm of the parameters.
     """
     method = DECOMPOSITIONS[candidates.name]
-    if not len(candidates.errors) or family_of(candidates.name, shape, candidates.ranks[0].tolist()) is None:
+    if not len(candidates.errors) or _family(candidates.name, shape, candidates.ranks[0].tolist(), moment) is None:
         return candidates
     params = candidates.costs["params"]
     size = np.log(params)
-    targets = size.max() + np.log(np.geomspace(1 / 16, 3 / 4, method.knots))
+    targets = size.max() + np.log(np.geomspace(1 / 16, 3 / 4, method.knots if moment is IDENTITY else METRIC_KNOTS))
     knots = np.unique([int(np.abs(size - target).argmin()) for target in targets])
     exact_weight = weight.double()
     fits = []
     for knot in knots:
         ranks = tuple(int(rank) for rank in candidates.ranks[knot])
-        factors = alternate(exact_weight, expansion.wiring, expansion.factors(ranks), sweeps=method.sweeps // 3)
-        reached = relative_error(exact_weight, expansion.wiring, factors)
+        sweeps = method.sweeps // 3 if family_of(candidates.name, shape, ranks) else 0
+        factors = fit(
+            candidates.name, weight, shape, ranks, sweeps=sweeps, expansion=expansion, moment=moment, steps=KNOT_STEPS
+        )
+        reached = metric_error(exact_weight, expansion.wiring, factors, moment)
         fits.append(Fit(ranks, int(params[knot]), float(reached / max(candidates.closed[knot], 1e-300))))
     return replace(candidates, errors=candidates.closed * _ratios(params, fits), fits=tuple(fits))
 

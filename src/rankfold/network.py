@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from rankfold.budget import Cost
-from rankfold.decompositions import Factors, fit, relative_error, wiring_of
+from rankfold.decompositions import Factors, fit, metric_error, wiring_of
 from rankfold.errors import ModelError, PlanError, UnknownNameError
 from rankfold.layers import FLOATS, LAYER_KINDS, factorised, shape_of, stage_weights, weight_of
+from rankfold.metric import IDENTITY, Moment
 from rankfold.plan import LayerPlan, LayerSpec, Plan
 from rankfold.progress import Progress, silent
 from rankfold.wiring import Call
@@ -188,12 +189,17 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def apply_plan(
-    model: nn.Module, plan: Plan, *, factors: Mapping[str, Factors] | None = None, progress: Progress = silent
+    model: nn.Module,
+    plan: Plan,
+    *,
+    factors: Mapping[str, Factors] | None = None,
+    moments: Mapping[str, Moment] | None = None,
+    progress: Progress = silent,
 ) -> tuple[nn.Module, Plan]:
     """A copy of the model with the plan's layers factorised, and the plan with the errors that were reached.
 
-    The original is untouched. `factors` are those already at hand, by layer name; others are fitted. Raises PlanError
-    where the plan does not fit the model.
+    The original is untouched. `factors` are those already at hand, by layer name; others are fitted, in the metric of
+    the layer's entry in `moments` if it has one. Raises PlanError where the plan does not fit the model.
     """
     student = duplicate(model)
     reached = []
@@ -206,12 +212,14 @@ def apply_plan(
         shape = shape_of(module)
         wiring = wiring_of(layer.decomposition, shape)
         weight = weight_of(module)
-        found = (factors or {}).get(layer.name)
+        found, moment = (factors or {}).get(layer.name), (moments or {}).get(layer.name, IDENTITY)
         if found is None:
-            found = fit(layer.decomposition, weight, shape, layer.ranks, layer=layer.name, starts=layer.starts)
+            found = fit(
+                layer.decomposition, weight, shape, layer.ranks, layer=layer.name, starts=layer.starts, moment=moment
+            )
         stored = tuple(factor.to(weight.dtype).double() for factor in found)
         swap_(student, layer, found)
-        reached.append(replace(layer, error=relative_error(weight.double(), wiring, stored)))
+        reached.append(replace(layer, error=metric_error(weight.double(), wiring, stored, moment)))
     progress("fitting factors", len(plan.layers), len(plan.layers))
     return student, plan.with_layers(tuple(reached))
 

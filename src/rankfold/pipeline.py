@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from typing import Any
 
 from torch import nn
 
 from rankfold.budget import UNITS, Budget, Cost
+from rankfold.calibration import Calibration, calibrate
 from rankfold.curves import Curve, measure_layer, smallest_form
 from rankfold.decompositions import DECOMPOSITIONS, Factors
 from rankfold.decompositions import decomposition as known_decomposition
 from rankfold.errors import ModelError, RankfoldError, UnknownNameError
 from rankfold.layers import weight_of
+from rankfold.metric import IDENTITY, Moment
 from rankfold.network import (
     Inputs,
     Layers,
@@ -75,6 +78,7 @@ def compress(
     decomposition: Decompositions = "tucker",
     budget: Budget,
     search: str | Search = "exact",
+    calibration: Calibration | Iterable[Any] | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
     progress: Progress = silent,
@@ -84,19 +88,25 @@ def compress(
     `search` is a name of `rankfold.search.SEARCHES`, or a search of your own settings, such as `Rene(...)`.
 
     `example_inputs` is a tensor, a tuple of positional or a dict of keyword arguments; MACs are counted for one pass
-    over them, so give a batch of one to read them per example. `include` and `exclude` are glob patterns over layer
-    names. The result is never over budget and no layer is larger, in the budget's units, than it was. Deterministic:
-    the same network and settings give the same plan. Raises a RankfoldError that says what to change.
+    over them, so give a batch of one to read them per example. With `calibration`, unlabelled batches or moments that
+    are measured already, errors are those of the layers' outputs on such inputs: ranks are chosen and factors fitted by
+    them. `include` and `exclude` are glob patterns over layer names. The result is never over budget and no layer is
+    larger, in the budget's units, than it was. Deterministic: the same network and settings give the same plan. Raises
+    a RankfoldError that says what to change.
     """
     start = time.perf_counter()
     check_model(model)
     before = cost_of(model, example_inputs)
     layers = find_layers(model, example_inputs, include=include, exclude=exclude)
     choices, layers = assign(layers, decomposition)
-    curves = measure(model, layers, choices, units=budget.units, progress=progress)
+    known = _calibrated(model, layers, calibration, progress)
+    moments = known.moments if known else {}
+    curves = measure(model, layers, choices, units=budget.units, moments=moments, progress=progress)
     found = search_plan(curves, layers, before, budget=budget, search=search, progress=progress)
-    plan = replace(found.plan, settings={**found.plan.settings, "decomposition": _as_json(decomposition)})
-    student, plan = apply_plan(model, plan, factors=found.factors, progress=progress)
+    plan = replace(
+        found.plan, settings={**found.plan.settings, **_provenance(known), "decomposition": _as_json(decomposition)}
+    )
+    student, plan = apply_plan(model, plan, factors=found.factors, moments=moments, progress=progress)
     measured = _verified_cost(model, student, plan, example_inputs)
     if measured != plan.after:
         raise RankfoldError(f"the plan predicts {plan.after}, the compressed model has {measured}: please report this")
@@ -138,14 +148,16 @@ def measure(
     choices: Mapping[str, Sequence[str]],
     *,
     units: Sequence[str] = UNITS,
+    moments: Mapping[str, Moment] | None = None,
     progress: Progress = silent,
 ) -> tuple[Curve, ...]:
-    """Error and cost per rank for every layer and every decomposition it may take."""
+    """Error and cost per rank for every layer and every decomposition it may take, in its metric where it has one."""
     curves = []
     for done, layer in enumerate(layers.found):
         progress("measuring layers", done, len(layers.found))
         weight = weight_of(model.get_submodule(layer.name))
-        curves.append(measure_layer(layer, weight, choices[layer.name], units=units))
+        moment = (moments or {}).get(layer.name, IDENTITY)
+        curves.append(measure_layer(layer, weight, choices[layer.name], units=units, moment=moment))
     progress("measuring layers", len(layers.found), len(layers.found))
     return tuple(curves)
 
@@ -181,7 +193,6 @@ def search_plan(
     settings = {
         "search": search if isinstance(search, str) else repr(search),
         "budget": dict(budget.given),
-        "metric": "frobenius",
         "minimised": problem.minimise,
         "objective": selection.objective,
         "bound": selection.bound,
@@ -207,6 +218,27 @@ def pose(curves: Sequence[Curve], before: Cost, budget: Budget) -> Problem:
         error=budget.largest_error * len(useful),
         minimise=budget.minimised,
     )
+
+
+def _calibrated(
+    model: nn.Module, layers: Layers, given: Calibration | Iterable[Any] | None, progress: Progress
+) -> Calibration | None:
+    """The moments given, or measured over the batches given."""
+    if given is None or isinstance(given, Calibration):
+        return given
+    return calibrate(model, layers.found, given, progress=progress)
+
+
+def _provenance(known: Calibration | None) -> dict[str, Any]:
+    """What the plan says of its metric."""
+    if known is None:
+        return {"metric": "frobenius"}
+    return {
+        "metric": "second moments",
+        "calibration": known.source,
+        "calibration_batches": known.batches,
+        "frobenius_layers": sorted(known.missing),
+    }
 
 
 def no_gain(curve: Curve) -> str:

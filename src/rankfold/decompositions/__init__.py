@@ -16,12 +16,14 @@ from rankfold.decompositions.als import alternate, balance, reconstruct, relativ
 from rankfold.decompositions.cp import CP
 from rankfold.decompositions.cp3 import CP3
 from rankfold.decompositions.expansion import Decomposition, Expansion, Factors, Grid
+from rankfold.decompositions.refine import STEPS, metric_error, refine
 from rankfold.decompositions.ring import RING
 from rankfold.decompositions.spatial import SPATIAL
 from rankfold.decompositions.svd import SVD
 from rankfold.decompositions.tt import TT
 from rankfold.decompositions.tucker import TUCKER
 from rankfold.errors import PlanError, UnknownNameError
+from rankfold.metric import IDENTITY, Moment
 from rankfold.wiring import MATRIX, LayerShape, Wiring
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "expand",
     "family_of",
     "fit",
+    "metric_error",
     "reconstruct",
     "relative_error",
     "wiring_of",
@@ -81,8 +84,12 @@ def fit(
     sweeps: int | None = None,
     starts: int = 1,
     expansion: Expansion | None = None,
+    moment: Moment = IDENTITY,
+    steps: int = STEPS,
 ) -> Factors:
     """Factors (float64) of a weight (g, o, i, *taps) at `ranks`: the closed form, then alternating least squares.
+
+    With the `moment` of what goes into the layer they are then refined in its metric, by so many `steps` at most.
 
     `sweeps` overrides the decomposition's own. With more than one of `starts` the others are random, from fixed seeds,
     and the best outcome counts: where a weight has a small exact rank, alternating least squares from the closed form
@@ -106,6 +113,8 @@ def fit(
         reached.append(error)
         if sum(one <= min(reached) * (1 + _AGREEMENT) for one in reached) == 4:
             break
+    if moment is not IDENTITY:
+        factors = refine(weight, wiring, factors, moment, steps=steps)
     return balance(wiring, factors)
 
 
