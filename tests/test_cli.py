@@ -243,7 +243,7 @@ def test_searches_objectives_and_limits_on_the_error(factory: str, npz: Path, tm
     assert any("objective" in step["losses"] for step in load_trace(out)["steps"])
 
     out = tmp_path / "calibrated"
-    ends = ("-b", "macs=0.5", "--calibration", f"npz:{npz}", "--calibration-samples", "20")
+    ends = ("-b", "macs=0.5", "--calibration", f"npz:{npz}", "--calibration-samples", "8")
     code, text, err = run(capsys, monkeypatch, *common, *ends, "--out", str(out))
     assert (code, err) == (0, "")
     assert load_plan(out).settings["metric"] == "second moments"

@@ -23,7 +23,7 @@ def moment_of(case: Case, examples: int = 4) -> Moment:
     return calibrate(model, find_layers(model, batches[0]).found, batches).moments["0"]
 
 
-SOME = ("linear", "conv1d", "conv2d-uneven", "conv2d-grouped", "conv3d", "transposed2d-grouped")
+SOME = ("linear", "conv2d-grouped", "transposed2d")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -35,7 +35,7 @@ def test_a_fit_in_the_metric_is_never_worse_there_than_one_without(case: Case, n
     for _ in ranks:
         ranks = [min(rank, most) for rank, most in zip(ranks, wiring.largest_ranks(shape, ranks), strict=True)]
     plain = fit(name, weight, shape, ranks, sweeps=3)
-    found = fit(name, weight, shape, ranks, sweeps=3, moment=moment, steps=15)
+    found = fit(name, weight, shape, ranks, sweeps=3, moment=moment, steps=6)
     assert [one.shape for one in found] == [one.shape for one in plain]
     exact = weight.double()
     assert metric_error(exact, wiring, found, moment) <= metric_error(exact, wiring, plain, moment) + 1e-15
@@ -55,7 +55,7 @@ def test_the_matrix_form_is_the_whitened_singular_value_decomposition(label: str
         assert metric_error(weight, wiring_of("svd", shape), found, moment) == pytest.approx(best, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ["svd", "spatial", "cp3"])
+@pytest.mark.parametrize("name", ["svd", "spatial"])
 def test_dead_channels_and_few_samples_do_no_harm(name: str):
     """One image, two of its channels always zero: a moment of low rank."""
     conv = nn.Conv2d(6, 8, 3)
@@ -64,14 +64,13 @@ def test_dead_channels_and_few_samples_do_no_harm(name: str):
     moment = calibrate(model, find_layers(model, x).found, [x]).moments["0"]
     values = torch.linalg.eigvalsh(moment.joint)[0]
     assert int((values > 1e-6 * values.max()).sum()) <= 9
-    factors = fit(name, weight_of(conv), shape_of(conv), [6], moment=moment)
+    factors = fit(name, weight_of(conv), shape_of(conv), [6], moment=moment, steps=20)
     assert all(bool(factor.isfinite().all()) for factor in factors)
     nothing = Moment(torch.zeros_like(moment.joint), positions=9)
     assert metric_error(weight_of(conv).double(), wiring_of(name, shape_of(conv)), factors, nothing) == 0.0
 
 
-@pytest.mark.parametrize("search", ["exact", "rene"])
-@pytest.mark.parametrize("name", ["svd", "spatial", "tucker", "cp3", "auto"])
+@pytest.mark.parametrize(("name", "search"), [("svd", "rene"), ("cp3", "exact")])
 def test_calibrated_compression_keeps_its_budget_and_comes_closer_to_the_outputs(
     name: str, search: str, small_cnn: nn.Module, image: torch.Tensor
 ):
@@ -87,8 +86,6 @@ def test_calibrated_compression_keeps_its_budget_and_comes_closer_to_the_outputs
         target = small_cnn(images)
         losses = [float((result.model(images) - target).square().sum()) for result in (plain, found)]
     assert losses[1] < losses[0]
-    again = compress(small_cnn, image, decomposition=name, budget=budget, search=search, calibration=[images])
-    assert again.plan.layers == found.plan.layers
 
 
 def test_the_identity_changes_nothing():

@@ -18,6 +18,8 @@ SWAPS = 64
 """Candidates per layer that a swap may take: those of least price."""
 BESIDE = 16
 """And so many that cost a little more, and a little less, than the present one."""
+MOST = 4096
+"""Candidates of all layers together, about; pairs of them are looked at (134 MB), so large networks get fewer each."""
 
 
 def rounded(
@@ -44,9 +46,11 @@ def polished(
     """
     values = values or [problem.values(curve) for curve in problem.curves]
     chosen = tuple(choices)
+    share = min(1.0, MOST / (len(prices) * (SWAPS + 2 * BESIDE)))
+    swaps, beside = max(2, int(SWAPS * share)), max(2, int(BESIDE * share))
     while True:
         near = [
-            np.union1d(np.argsort(price, kind="stable")[:SWAPS], _beside(problem.pressure(curve), k))
+            np.union1d(np.argsort(price, kind="stable")[:swaps], _beside(problem.pressure(curve), k, beside))
             for curve, price, k in zip(problem.curves, prices, chosen, strict=True)
         ]
         swapped = _swapped(problem, chosen, near, values)
@@ -55,11 +59,11 @@ def polished(
         chosen = swapped
 
 
-def _beside(cost: FloatArray, k: int) -> IntArray:
-    """The candidates that cost a little more or less than the k-th."""
+def _beside(cost: FloatArray, k: int, count: int) -> IntArray:
+    """So many candidates that cost a little more, and a little less, than the k-th."""
     order = np.argsort(cost, kind="stable")
     place = int(np.flatnonzero(order == k)[0])
-    return order[max(place - BESIDE, 0) : place + BESIDE + 1]
+    return order[max(place - count, 0) : place + count + 1]
 
 
 def _swapped(
