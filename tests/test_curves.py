@@ -76,6 +76,19 @@ def test_auto_is_no_worse_than_any_single_decomposition_at_any_cost(weight: torc
             assert together.errors[together.costs["macs"] <= cost].min() <= error
 
 
+def test_a_bound_from_below_takes_no_candidate_from_another_decomposition(weight: torch.Tensor):
+    together = measure_layer(LAYER, weight, ("cp3", "ring"), units=("macs",))
+    alone = measure_layer(LAYER, weight, ("cp3",), units=("macs",))
+    guessed = [k for k in range(len(together)) if together.methods[k] == "ring" and together.family(k)]
+    assert guessed
+    kept = {together.ranks[k] for k in range(len(together)) if together.methods[k] == "cp3"}
+    plain = [k for k in range(len(together)) if together.methods[k] == "ring" and not together.family(k)]
+    for k in range(1, len(alone)):
+        cost, error = alone.costs["macs"][k], alone.errors[k]
+        beaten = any(together.costs["macs"][j] <= cost and together.errors[j] <= error for j in plain)
+        assert alone.ranks[k] in kept or beaten
+
+
 def test_interpolated_errors_are_within_a_third_of_what_is_reached(weight: torch.Tensor):
     from rankfold.decompositions import fit
 

@@ -275,8 +275,10 @@ def _merged(
         unit: np.concatenate([[getattr(dense, unit)], *(part.costs[unit] for part in parts)]).astype(np.int64)
         for unit in UNITS
     }
-    front = pareto(errors, [costs[unit] for unit in units])
-    front = np.union1d(front, _rivals(parts, errors, [costs[unit] for unit in units]))
+    known = [not (part.fits and DECOMPOSITIONS[part.name].optimistic) for part in parts for _ in part.errors]
+    trusted = np.flatnonzero([True, *known])
+    front = trusted[pareto(errors[trusted], [costs[unit][trusted] for unit in units])]
+    front = np.union1d(front, _rivals(parts, trusted, errors, [costs[unit] for unit in units]))
     front = front[np.argsort(-costs[units[0]][front], kind="stable")]
     front = np.append(0, front[front != 0])
     return Curve(
@@ -292,8 +294,11 @@ def _merged(
     )
 
 
-def _rivals(parts: Sequence[_Candidates], errors: FloatArray, costs: Sequence[IntArray]) -> IntArray:
-    """The candidates that only others of their own family match: their errors are interpolated, so none is dropped."""
+def _rivals(parts: Sequence[_Candidates], trusted: IntArray, errors: FloatArray, costs: Sequence[IntArray]) -> IntArray:
+    """The candidates of families that none of the `trusted` ones matches, but for those of their own family.
+
+    Within a family errors are interpolated, so none is dropped; errors that are bounds from below drop no other.
+    """
     kept = [np.empty(0, dtype=np.int64)]
     start = 1
     for part in parts:
@@ -301,7 +306,7 @@ def _rivals(parts: Sequence[_Candidates], errors: FloatArray, costs: Sequence[In
         start += len(part.errors)
         if not part.fits or len(own) == 0:
             continue
-        others = np.setdiff1d(np.arange(len(errors)), own)
+        others = np.setdiff1d(trusted, own)
         matched = errors[others][None] <= errors[own][:, None]
         for cost in costs:
             matched &= cost[others][None] <= cost[own][:, None]

@@ -31,7 +31,7 @@ from rankfold.search.objective import Objective, Reconstruction
 from rankfold.search.problem import ERROR, Problem, Selection, check_feasible
 from rankfold.search.relaxation import Relaxed, cooled, entropy
 from rankfold.search.rounding import rounded
-from rankfold.search.settle import known, unsettled, visited
+from rankfold.search.settle import GUESSES, grounded, known, unsettled, visited
 from rankfold.search.trace import Step, Trace, step_from_dict
 
 HOT, COLD = 0.1, 1e-4
@@ -96,9 +96,15 @@ class _Run:
             self.stage += 1
             if not self._fit(choices):
                 return choices
-            if self.stage == STAGES:
-                self.problem = known(self.problem)
+            self._narrow()
             self._save()
+
+    def _narrow(self) -> None:
+        """Gives up candidates that would keep the search from ending."""
+        if self.stage >= STAGES:
+            self.problem = known(self.problem)
+        elif self.stage >= GUESSES:
+            self.problem = grounded(self.problem)
 
     def _cool(self) -> tuple[int, ...]:
         """One stage: from a spread-out distribution to one candidate per layer."""
@@ -176,8 +182,7 @@ class _Run:
             for curve, fits in zip(self.problem.curves, state["fits"], strict=True)
         ]
         self.problem = replace(self.problem, curves=tuple(curves))
-        if self.stage >= STAGES:
-            self.problem = known(self.problem)
+        self._narrow()
 
 
 def _label(curve: Curve, k: int) -> str:

@@ -18,6 +18,8 @@ from rankfold.progress import Progress, silent
 from rankfold.search.evbmf import evbmf_ranks
 from rankfold.search.problem import ERROR, Problem, Search, Selection
 
+GUESSES = 12
+"""Refinements after which candidates that are only bounded from below, and were not tried so far, are given up."""
 ROUNDS = 24
 """Refinements after which the search has to do with the candidates that are fitted."""
 
@@ -42,10 +44,18 @@ def settle(problem: Problem, search: Search, progress: Progress = silent) -> Sel
             break
         progress("fitting candidates", 0, left, f"refinement {turn + 1}")
         problem = visited(problem, wanted, progress)
+        if turn + 1 == GUESSES:
+            problem = grounded(problem)
     else:
         problem = known(problem)
         selection = search(problem, progress)
     return replace(selection, curves=problem.curves)
+
+
+def grounded(problem: Problem) -> Problem:
+    """The problem without candidates that are only bounded from below."""
+    curves = [subset(c, np.flatnonzero([not _guessed(c, k) for k in range(len(c))])) for c in problem.curves]
+    return replace(problem, curves=tuple(curves))
 
 
 def known(problem: Problem) -> Problem:
