@@ -30,6 +30,7 @@ def main() -> None:
                     torch.zeros(1, 3, 32, 32),
                     decomposition=name,
                     budget=Budget(macs=fraction),
+                    calibration="none",
                     search=search,
                 )
                 scored = accuracy(result.model, dataset)

@@ -29,6 +29,7 @@ def main() -> None:
                 torch.zeros(1, 1, 28, 28),
                 decomposition="auto",
                 budget=Budget(params=fraction),
+                calibration="none",
                 search=search,
             )
             method = f"auto, rene, {label}, {100 * fraction:.0f} % of the parameters"

@@ -47,6 +47,7 @@ def run(arguments: Any) -> dict[str, Any]:
             example,
             decomposition=arguments.decomposition,
             budget=Budget(macs=arguments.macs),
+            calibration="none",
             search=method,
             include=LAYERS,
         )

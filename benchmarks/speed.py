@@ -50,7 +50,9 @@ def run(case: str, folder: Path) -> dict[str, Any]:
     else:
         model = build_model("zoo:resnet18" if name == "resnet18" else "zoo:cifar10_vgg16").model
     example = torch.zeros(1, 3, *((224, 224) if name == "resnet18" else (32, 32)))
-    result = compress(model, example, decomposition=decomposition, budget=Budget(macs=0.5), exclude=exclude)
+    result = compress(
+        model, example, decomposition=decomposition, budget=Budget(macs=0.5), exclude=exclude, calibration="none"
+    )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     kept = result.after.kept(result.before)
     return {

@@ -33,7 +33,11 @@ def main() -> None:
             for budget in (0.7, 0.6, 0.5):
                 with mock.patch.dict(DECOMPOSITIONS, {name: chosen}):
                     result = compress(
-                        source.model, torch.zeros(1, 3, 32, 32), decomposition=name, budget=Budget(macs=budget)
+                        source.model,
+                        torch.zeros(1, 3, 32, 32),
+                        decomposition=name,
+                        budget=Budget(macs=budget),
+                        calibration="none",
                     )
                 scored = accuracy(result.model, sample)
                 ranks, fit = ("balanced" if balanced else "free"), ("closed form" if not sweeps else "ALS")

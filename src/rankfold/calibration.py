@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -20,9 +20,10 @@ from torch.nn import functional
 from rankfold.errors import DataError
 from rankfold.layers import LAYER_KINDS, shape_of
 from rankfold.metric import Moment
-from rankfold.network import Inputs, describe_inputs, run
+from rankfold.network import Inputs, arguments_of, describe_inputs, run
 from rankfold.plan import LayerSpec
 from rankfold.progress import Progress, silent
+from rankfold.wiring import LayerShape
 
 LARGEST_MOMENT = 4608
 """Side of the largest moment kept whole (170 MB); a larger one is the Kronecker product of two."""
@@ -32,12 +33,18 @@ _CHUNK = 2**24
 
 @dataclass(frozen=True)
 class Calibration:
-    """Moments by layer name, why layers have none, and how many batches and which source they are from."""
+    """Moments by layer name, why layers have none, how many batches of which source they are from, and why that one.
+
+    `inputs` are the batches themselves, empty where they were used up by measuring; `samples` counts what is in them.
+    """
 
     moments: Mapping[str, Moment]
     missing: Mapping[str, str]
     batches: int
     source: str
+    reason: str = "asked for"
+    samples: int = 0
+    inputs: Iterable[Inputs] = field(default=(), repr=False)
 
 
 def calibrate(
@@ -46,6 +53,7 @@ def calibrate(
     batches: Iterable[Any],
     *,
     source: str = "given inputs",
+    reason: str = "asked for",
     progress: Progress = silent,
 ) -> Calibration:
     """The second moments of the layers' patches over all batches, in one pass that keeps none of them.
@@ -54,15 +62,16 @@ def calibrate(
     evaluation mode, and left as it was. A layer that is never called is listed as missing. Raises DataError for batches
     that are empty, do not fit the model, or lead to values that are not finite.
     """
-    sums: dict[str, _Sum] = {}
+    sums: dict[str, MomentSum] = {}
     modules = {name: model.get_submodule(name) for layer in layers for name in (layer.name, *layer.aliases)}
     owners = {name: layer.name for layer in layers for name in (layer.name, *layer.aliases)}
-    count = 0
+    count = samples = 0
     with _watched(modules, owners, sums):
         for batch in batches:
             progress("calibrating", count, count + 1)
-            _forward(model, batch, count)
+            forward_batch(model, batch, count)
             count += 1
+            samples += _examples(batch)
     if count == 0:
         raise DataError("the calibration inputs are empty; give at least one batch")
     progress("calibrating", count, count)
@@ -71,7 +80,8 @@ def calibrate(
             raise DataError(f"{name}: its inputs during calibration are not finite; check the calibration inputs")
     moments = {layer.name: sums[layer.name].moment() for layer in layers if layer.name in sums}
     missing = {layer.name: "never called on the calibration inputs" for layer in layers if layer.name not in sums}
-    return Calibration(moments, missing, count, source)
+    kept = () if isinstance(batches, Iterator) else batches
+    return Calibration(moments, missing, count, source, reason, samples, kept)
 
 
 def patches_of(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
@@ -87,10 +97,12 @@ def patches_of(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
         yield _cut(module, part)
 
 
-class _Sum:
+class MomentSum:
     """A running sum of outer products, in float64."""
 
-    def __init__(self, groups: int, inputs: int, taps: int) -> None:
+    def __init__(self, layer: LayerShape) -> None:
+        groups, inputs = layer.groups, layer.inputs
+        taps = layer.params // (groups * layer.outputs * inputs)
         self.shape = (groups, inputs, taps)
         whole = inputs * taps <= LARGEST_MOMENT
         self.joint = torch.zeros(groups, inputs * taps, inputs * taps, dtype=torch.float64) if whole else None
@@ -129,17 +141,14 @@ class _Sum:
 
 
 @contextmanager
-def _watched(modules: Mapping[str, nn.Module], owners: Mapping[str, str], sums: dict[str, _Sum]) -> Iterator[None]:
+def _watched(modules: Mapping[str, nn.Module], owners: Mapping[str, str], sums: dict[str, MomentSum]) -> Iterator[None]:
     """Hooks that add up the patches of every call, gone afterwards whatever happens."""
 
     def hook(name: str) -> Any:
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            shape = shape_of(module)
             if name not in sums:
-                sums[name] = _Sum(
-                    shape.groups, shape.inputs, shape.params // (shape.groups * shape.outputs * shape.inputs)
-                )
+                sums[name] = MomentSum(shape_of(module))
             for patches in patches_of(module, x.detach()):
                 sums[name].add(patches)
 
@@ -154,7 +163,8 @@ def _watched(modules: Mapping[str, nn.Module], owners: Mapping[str, str], sums: 
             handle.remove()
 
 
-def _forward(model: nn.Module, batch: Inputs, number: int) -> None:
+def forward_batch(model: nn.Module, batch: Inputs, number: int) -> None:
+    """Runs the model on a batch, for what hooks see; raises DataError where the batch does not fit it."""
     try:
         run(model, batch)
     except Exception as error:
@@ -162,6 +172,13 @@ def _forward(model: nn.Module, batch: Inputs, number: int) -> None:
         raise DataError(
             f"calibration batch {number}, {describe_inputs(batch)}, does not fit the model: {reason}"
         ) from error
+
+
+def _examples(batch: Inputs) -> int:
+    """How many examples a batch holds, by its first tensor."""
+    args, kwargs = arguments_of(batch)
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
+    return len(tensors[0]) if tensors else 1
 
 
 def _padded(module: nn.Module, x: Tensor) -> Tensor:

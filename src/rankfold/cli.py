@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -123,11 +123,17 @@ def compress(
     calibration: Annotated[
         str,
         typer.Option(
-            help="none; or synthetic, inputs made from the network; or npz:PATH, imagefolder:DIR, module:factory, "
-            "labels ignored: errors are then those of the layers' outputs on these inputs."
+            help="Inputs by whose outputs errors are measured: none, for errors of the weights; synthetic, made from "
+            "the network; npz:PATH, imagefolder:DIR or module:factory, labels ignored; auto, synthetic where it helps."
         ),
-    ] = "none",
-    calibration_samples: Annotated[int, typer.Option(min=1, help="How many inputs, evenly spaced.")] = 512,
+    ] = "auto",
+    calibration_samples: Annotated[
+        int | None, typer.Option(min=1, help="How many inputs, evenly spaced; default 512, fewer made of large ones.")
+    ] = None,
+    sequential: Annotated[
+        bool,
+        typer.Option(help="Fit layers once more, in forward order, to the original's outputs from compressed inputs."),
+    ] = True,
     checkpoint: Annotated[
         Path | None, typer.Option(help="File that rene keeps its state in, and goes on from when started again.")
     ] = None,
@@ -152,7 +158,9 @@ def compress(
             decomposition=_decompositions(decomposition or ["tucker"]),
             budget=limits,
             search=finder,
-            calibration=_calibration(calibration, calibration_samples, source, shape, progress),
+            calibration=_calibration(calibration, calibration_samples, source, shape),
+            calibration_samples=calibration_samples,
+            sequential=sequential,
             include=include or None,
             exclude=exclude or (),
             progress=progress,
@@ -256,19 +264,13 @@ def _open_model(
     return source, source.example(shape), shape
 
 
-def _calibration(
-    spec: str, samples: int, source: Source, shape: tuple[int, ...], progress: Any
-) -> Iterable[Any] | None:
-    """The batches that calibration is measured on; None for none."""
-    from rankfold.synthetic import synthetic_inputs
+def _calibration(spec: str, samples: int | None, source: Source, shape: tuple[int, ...]) -> str | list[Any]:
+    """What `compress` is to calibrate on: a way to make inputs, by name, or batches of data."""
+    from rankfold.synthetic import SAMPLES
 
-    if spec == "none":
-        return None
-    if spec == "synthetic":
-        if source.vocabulary:
-            raise DataError("synthetic inputs are made for numbers, not tokens; give inputs with --calibration")
-        return synthetic_inputs(source.model, shape, samples, progress=progress)
-    return (x for x, _ in _examples(spec, samples, source, shape))
+    if spec in ("auto", "none", "synthetic"):
+        return spec
+    return [x for x, _ in _examples(spec, samples or SAMPLES, source, shape)]
 
 
 def _examples(spec: str, samples: int, source: Source, shape: tuple[int, ...]) -> Iterator[tuple[Any, Any]]:

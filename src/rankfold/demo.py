@@ -57,7 +57,7 @@ def demonstrate(progress: Progress = silent) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         for done, (budget, name) in enumerate(cases):
             progress("compressing digits", done, len(cases))
-            result = compress(model, example, decomposition=name, budget=Budget(macs=budget))
+            result = compress(model, example, decomposition=name, budget=Budget(macs=budget), calibration="none")
             student = load(save(result, Path(folder) / f"{name}-{budget}"), model)
             before, after = latency((model, student), timed, rounds=20, warmup=3)
             if not rows:

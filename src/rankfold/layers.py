@@ -80,20 +80,47 @@ def stage_weights(module: nn.Module, wiring: Wiring, factors: Factors) -> list[n
     """The factors as the weights of the stages that run them, in the module's dtype and on its device."""
     shape, original = shape_of(module), cast(nn.Parameter, module.weight)
     weights = []
-    for letters, stage, resized, factor in zip(
-        wiring.factors, wiring.stages, wiring.resized(shape), factors, strict=True
+    for letters, order, stage, factor in zip(
+        wiring.factors, _stage_orders(shape, wiring), wiring.stages, factors, strict=True
     ):
+        moved = factor.permute(0, *(1 + letters.index(axis) for axis in "".join(order) + stage.taps))
+        sizes = dict(zip(letters, factor.shape[1:], strict=True))
+        kernel = [sizes[axis] if axis in stage.taps else 1 for axis in shape.axes]
+        rows, columns = (product(sizes, axes) for axes in order)
+        weight = moved.reshape(shape.groups * rows, columns, *kernel).to(original.device, original.dtype)
+        weights.append(nn.Parameter(weight.contiguous(), requires_grad=original.requires_grad))
+    return weights
+
+
+def stage_factors(stages: nn.Module, module: nn.Module, wiring: Wiring, ranks: Sequence[int]) -> Factors:
+    """The factors that the stages in place of `module` hold, in their dtype; differentiable in the stages' weights."""
+    shape = shape_of(module)
+    sizes = cast(dict[str, int], wiring.sizes(shape, list(ranks)))
+    factors = []
+    weights = weights_of_stages(stages)
+    for letters, order, stage, weight in zip(
+        wiring.factors, _stage_orders(shape, wiring), wiring.stages, weights, strict=True
+    ):
+        axes = "".join(order) + stage.taps
+        split = weight.reshape(shape.groups, *(sizes[axis] for axis in axes))
+        factors.append(split.permute(0, *(1 + axes.index(axis) for axis in letters)))
+    return tuple(factors)
+
+
+def weights_of_stages(stages: nn.Module) -> list[nn.Parameter]:
+    """The weights of the stages that `factorised` made, in their order."""
+    return [cast(nn.Parameter, stage.weight) for stage in stages.children() if type(stage) in LAYER_KINDS]
+
+
+def _stage_orders(shape: LayerShape, wiring: Wiring) -> list[tuple[str, str]]:
+    """For each stage the bonds and channel axes that make up its weight's rows, and those of its columns."""
+    orders = []
+    for stage, resized in zip(wiring.stages, wiring.resized(shape), strict=True):
         first, second = stage.opened, stage.summed
         if shape.transposed and resized:
             first, second = second, first
-        order = stage.kept + first + second + stage.taps
-        moved = factor.permute(0, *(1 + letters.index(axis) for axis in order))
-        sizes = dict(zip(letters, factor.shape[1:], strict=True))
-        kernel = [sizes[axis] if axis in stage.taps else 1 for axis in shape.axes]
-        rows = shape.groups * product(sizes, stage.kept + first)
-        weight = moved.reshape(rows, product(sizes, second), *kernel).to(original.device, original.dtype)
-        weights.append(nn.Parameter(weight.contiguous(), requires_grad=original.requires_grad))
-    return weights
+        orders.append((stage.kept + first, second))
+    return orders
 
 
 def factorised(

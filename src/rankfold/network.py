@@ -63,6 +63,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def holds_statistics(module: nn.Module) -> bool:
+    """Whether a module is a batch norm with a mean and variance of its own, and not of every batch."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+
+
 def check_model(model: nn.Module) -> None:
     """Raises ModelError for a network without parameters, or with weights that are missing or not finite."""
     tensors = [*model.named_parameters(), *model.named_buffers()]

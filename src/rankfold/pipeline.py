@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -33,6 +34,8 @@ from rankfold.progress import Progress, silent
 from rankfold.search import Problem, Search, settle
 from rankfold.search import search as known_search
 from rankfold.search.trace import Trace
+from rankfold.sequential import refit_
+from rankfold.synthetic import advice, synthetic_like
 
 Decompositions = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 """A name, several to choose from layer by layer, "auto" for all, or a mapping from name patterns to any of these."""
@@ -78,7 +81,9 @@ def compress(
     decomposition: Decompositions = "tucker",
     budget: Budget,
     search: str | Search = "exact",
-    calibration: Calibration | Iterable[Any] | None = None,
+    calibration: str | Calibration | Iterable[Any] | None = "auto",
+    calibration_samples: int | None = None,
+    sequential: bool = True,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
     progress: Progress = silent,
@@ -88,29 +93,71 @@ def compress(
     `search` is a name of `rankfold.search.SEARCHES`, or a search of your own settings, such as `Rene(...)`.
 
     `example_inputs` is a tensor, a tuple of positional or a dict of keyword arguments; MACs are counted for one pass
-    over them, so give a batch of one to read them per example. With `calibration`, unlabelled batches or moments that
-    are measured already, errors are those of the layers' outputs on such inputs: ranks are chosen and factors fitted by
-    them. `include` and `exclude` are glob patterns over layer names. The result is never over budget and no layer is
-    larger, in the budget's units, than it was. Deterministic: the same network and settings give the same plan. Raises
-    a RankfoldError that says what to change.
+    over them, so give a batch of one to read them per example. `include` and `exclude` are glob patterns over layer
+    names.
+
+    With `calibration`, errors are those of the layers' outputs on some inputs, by which ranks are chosen and factors
+    fitted: an iterable of unlabelled batches, or what `calibrate` measured on them; "synthetic" for inputs made from
+    the network, `calibration_samples` of them; "none" (or None) for errors of the weights; "auto" for the one of the
+    two that `rankfold.synthetic.advice` gives. Then every layer is fitted once more, in forward order, to the
+    original's outputs from the compressed network's inputs, and biases and batch norms are corrected, unless
+    `sequential` is false or the budget limits the error.
+
+    The result is never over budget and no layer is larger, in the budget's units, than it was. Deterministic: the same
+    network and settings give the same plan. Raises a RankfoldError that says what to change.
     """
     start = time.perf_counter()
     check_model(model)
     before = cost_of(model, example_inputs)
     layers = find_layers(model, example_inputs, include=include, exclude=exclude)
     choices, layers = assign(layers, decomposition)
-    known = _calibrated(model, layers, calibration, progress)
-    moments = known.moments if known else {}
-    curves = measure(model, layers, choices, units=budget.units, moments=moments, progress=progress)
-    found = search_plan(curves, layers, before, budget=budget, search=search, progress=progress)
-    plan = replace(
-        found.plan, settings={**found.plan.settings, **_provenance(known), "decomposition": _as_json(decomposition)}
+    known = calibrated(
+        model, layers, example_inputs, calibration, samples=calibration_samples, budget=budget, progress=progress
     )
-    student, plan = apply_plan(model, plan, factors=found.factors, moments=moments, progress=progress)
+    curves = measure(model, layers, choices, units=budget.units, moments=known.moments, progress=progress)
+    found = search_plan(curves, layers, before, budget=budget, search=search, progress=progress)
+    in_order = sequential and bool(known.inputs) and not math.isfinite(budget.largest_error)
+    settings = {**_provenance(known, in_order), "decomposition": _as_json(decomposition)}
+    plan = replace(found.plan, settings={**found.plan.settings, **settings})
+    student, plan = apply_plan(model, plan, factors=found.factors, moments=known.moments, progress=progress)
+    if in_order:
+        plan = refit_(student, model, plan, known.inputs, moments=known.moments, progress=progress)
     measured = _verified_cost(model, student, plan, example_inputs)
     if measured != plan.after:
         raise RankfoldError(f"the plan predicts {plan.after}, the compressed model has {measured}: please report this")
     return Result(student, plan, time.perf_counter() - start, found.trace)
+
+
+def calibrated(
+    model: nn.Module,
+    layers: Layers,
+    example_inputs: Inputs,
+    given: str | Calibration | Iterable[Any] | None,
+    *,
+    samples: int | None,
+    budget: Budget,
+    progress: Progress,
+) -> Calibration:
+    """The moments that `compress` is asked to go by; without any where errors are those of the weights."""
+    if isinstance(given, Calibration):
+        return given
+    reason = "asked for"
+    if given == "auto" and math.isfinite(budget.largest_error):
+        given, reason = (
+            "none",
+            "the budget limits the error, which is that of the weights unless calibration is asked for",
+        )
+    elif given == "auto":
+        given, reason = advice(model, example_inputs)
+    if given is None or given == "none":
+        return Calibration({}, {}, 0, "none", reason)
+    if given == "synthetic":
+        given = synthetic_like(model, example_inputs, samples, progress=progress)
+        return calibrate(model, layers.found, given, source="synthetic inputs", reason=reason, progress=progress)
+    if isinstance(given, str):
+        raise UnknownNameError("calibration", given, ("auto", "none", "synthetic"))
+    batches = list(given) if isinstance(given, Iterator) else given  # the fits go over them again
+    return calibrate(model, layers.found, batches, reason=reason, progress=progress)
 
 
 def assign(layers: Layers, decomposition: Decompositions) -> tuple[dict[str, tuple[str, ...]], Layers]:
@@ -220,24 +267,18 @@ def pose(curves: Sequence[Curve], before: Cost, budget: Budget) -> Problem:
     )
 
 
-def _calibrated(
-    model: nn.Module, layers: Layers, given: Calibration | Iterable[Any] | None, progress: Progress
-) -> Calibration | None:
-    """The moments given, or measured over the batches given."""
-    if given is None or isinstance(given, Calibration):
-        return given
-    return calibrate(model, layers.found, given, progress=progress)
-
-
-def _provenance(known: Calibration | None) -> dict[str, Any]:
-    """What the plan says of its metric."""
-    if known is None:
-        return {"metric": "frobenius"}
+def _provenance(known: Calibration, in_order: bool) -> dict[str, Any]:
+    """What the plan says of its metric, and of how factors were fitted."""
+    if not known.batches:
+        return {"metric": "frobenius", "calibration": known.source, "calibration_reason": known.reason}
     return {
         "metric": "second moments",
         "calibration": known.source,
+        "calibration_reason": known.reason,
         "calibration_batches": known.batches,
+        "calibration_samples": known.samples,
         "frobenius_layers": sorted(known.missing),
+        "fitted": "in forward order" if in_order else "layer by layer",
     }
 
 

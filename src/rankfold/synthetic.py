@@ -1,34 +1,43 @@
 """Calibration inputs made from nothing but the network.
 
 Natural images have a power spectrum that falls like 1/f² (an amplitude like 1/f; Field, J. Opt. Soc. Am. A 4, 1987),
-and colours that go together. Noise of that kind, scaled to what normalised inputs look like, is the start. Where the
-network has batch norms it is refined: each stores the mean and variance of what went through it in training, and
-gradient descent on the inputs makes them hold again (Yin et al., DeepInversion, arXiv 1912.08795, equation 4).
+and colours that go together. White noise coloured in that way is the start. Where the network has batch norms it is
+refined: each stores the mean and variance of what went through it in training, and gradient descent on the inputs makes
+them hold again (Yin et al., DeepInversion, arXiv 1912.08795, equation 4). What descends is the white noise behind the
+inputs, so that they keep the spectrum and colours of images (Olah et al., Feature Visualization, Distill 2017, on
+preconditioning); descending on pixels takes twice the steps and is still worse, see benchmarks/synthetic_choices.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rankfold.network import evaluating
+from rankfold.errors import DataError
+from rankfold.network import Inputs, arguments_of, describe_inputs, evaluating, holds_statistics
 from rankfold.progress import Progress, silent
 
+SAMPLES, FEWEST = 512, 32
+"""Inputs made by default, at most and at least."""
+POSITIONS = 2**19
+"""Positions (pixels) of all of them together, between these bounds."""
 CORRELATION = 0.9
 """Correlation between colours."""
-STEPS = 60
+STEPS = 30
 """Steps of gradient descent per batch."""
-RATE = 0.1
-"""Learning rate of these steps (Adam)."""
+RATE = 0.3
+"""Learning rate of the first step (Adam); it falls to zero along a cosine."""
+MOMENTUM = 0.5
+"""Adam's weight of past gradients: with so few steps, less than usual."""
 BATCH = 128
 """Inputs that are refined together."""
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def pink_noise(count: int, shape: tuple[int, ...], generator: torch.Generator) -> Float[Tensor, "n ..."]:
@@ -36,19 +45,64 @@ def pink_noise(count: int, shape: tuple[int, ...], generator: torch.Generator) -
 
     Channels are correlated as colours are. Inputs without other axes are standard normal.
     """
-    if len(shape) < 2:
-        return torch.randn(count, *shape, generator=generator)
-    axes = tuple(range(2, len(shape) + 1))
-    frequencies = torch.zeros([1] * len(axes))
-    for axis, size in enumerate(shape[1:]):
-        line = torch.fft.fftfreq(size).square()
-        frequencies = frequencies + line.reshape([-1 if k == axis else 1 for k in range(len(axes))])
-    amplitude = frequencies.sqrt().clamp_min(1 / max(shape[1:])).reciprocal()
-    own = torch.randn(count, *shape, generator=generator)
-    common = torch.randn(count, 1, *shape[1:], generator=generator)
-    mixed = CORRELATION**0.5 * common + (1 - CORRELATION) ** 0.5 * own
-    noise = torch.fft.ifftn(torch.fft.fftn(mixed, dim=axes) * amplitude, dim=axes).real
+    noise = coloured(torch.randn(count, *shape, generator=generator))
     return noise / noise.std()
+
+
+def coloured(white: Float[Tensor, "n c *places"]) -> Float[Tensor, "n c *places"]:
+    """White noise with channels correlated as colours are, and an amplitude like 1/f along all other axes."""
+    if white.ndim < 3:
+        return white
+    channels, sizes, axes = white.shape[1], white.shape[2:], tuple(range(2, white.ndim))
+    square = torch.zeros([1] * len(sizes))
+    for axis, size in enumerate(sizes):
+        line = torch.fft.fftfreq(size).square()
+        square = square + line.reshape([-1 if k == axis else 1 for k in range(len(sizes))])
+    amplitude = square.sqrt().clamp_min(1 / max(sizes)).reciprocal().to(white.device)
+    mixing = torch.linalg.cholesky(
+        CORRELATION * torch.ones(channels, channels) + (1 - CORRELATION) * torch.eye(channels)
+    )
+    mixed = torch.einsum("cd,nd...->nc...", mixing.to(white), white)
+    return torch.fft.ifftn(torch.fft.fftn(mixed, dim=axes) * amplitude, dim=axes).real
+
+
+def advice(model: nn.Module, example_inputs: Inputs) -> tuple[str, str]:
+    """Which calibration a network is best given when its user has no inputs, "synthetic" or "none", and why."""
+    norms = _norms(model)
+    if input_shape(example_inputs) is None:
+        return "none", "its inputs are not one tensor of numbers; give a few unlabelled ones"
+    if not norms:
+        return "none", "it has no batch norms that inputs could be matched to; give a few unlabelled inputs"
+    return "synthetic", f"its {len(norms)} batch norms hold the statistics that inputs are matched to"
+
+
+def input_shape(example_inputs: Inputs) -> tuple[int, ...] | None:
+    """The shape of one input where example inputs are a batch in one tensor of numbers, and None where not."""
+    args, kwargs = arguments_of(example_inputs)
+    if kwargs or len(args) != 1 or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
+        return None
+    return tuple(args[0].shape[1:])
+
+
+def synthetic_like(
+    model: nn.Module, example_inputs: Inputs, count: int | None = None, *, seed: int = 0, progress: Progress = silent
+) -> list[Tensor]:
+    """Batches of synthetic inputs of the kind of the example inputs; by default as many as their size calls for.
+
+    Raises DataError where these are not one tensor of numbers.
+    """
+    shape = input_shape(example_inputs)
+    if shape is None:
+        raise DataError(
+            f"synthetic inputs are made for one tensor of numbers, not {describe_inputs(example_inputs)}; "
+            "give a few unlabelled inputs as calibration"
+        )
+    return synthetic_inputs(model, shape, count or usual_count(shape), seed=seed, progress=progress)
+
+
+def usual_count(shape: tuple[int, ...]) -> int:
+    """How many inputs of a shape are made by default: `SAMPLES`, fewer of large ones, which hold more positions."""
+    return max(FEWEST, min(SAMPLES, POSITIONS // max(math.prod(shape[1:]), 1)))
 
 
 def synthetic_inputs(
@@ -65,29 +119,51 @@ def synthetic_inputs(
     The same seed gives the same inputs. The model is left as it is.
     """
     generator = torch.Generator().manual_seed(seed)
+    sizes = [min(BATCH, count - start) for start in range(0, count, BATCH)]
+    white = [torch.randn(size, *shape, generator=generator) for size in sizes]
     place = next(p for p in model.parameters() if p.is_floating_point())
-    batches = [
-        pink_noise(min(BATCH, count - start), shape, generator).to(place.device, place.dtype)
-        for start in range(0, count, BATCH)
-    ]
-    norms = [module for module in model.modules() if isinstance(module, _NORMS) and module.running_mean is not None]
-    if not norms:
-        return batches
-    total = steps * len(batches)
-    refined = []
-    for number, batch in enumerate(batches):
-        x = batch.clone().requires_grad_()
-        optimiser = torch.optim.Adam([x], lr=RATE)
-        for step in range(steps):
-            progress("making inputs", number * steps + step, total)
-            with evaluating(model), torch.enable_grad(), _statistics(norms) as found:
-                model(x)
-                loss = torch.stack(found).mean()
-                (x.grad,) = torch.autograd.grad(loss, [x])
-            optimiser.step()
-        refined.append(x.detach())
-    progress("making inputs", total, total)
-    return refined
+    norms, made = _norms(model), []
+    for number, noise in enumerate(white):
+        scale = coloured(noise).std()
+        if norms:
+            report = partial(_report, progress, number * steps, steps * len(white))
+            noise = _matched(model, norms, noise.to(place.device), scale, steps, report)
+        made.append((coloured(noise) / scale).to(place.device, place.dtype))
+    return made
+
+
+def _matched(
+    model: nn.Module, norms: list[nn.Module], white: Tensor, scale: Tensor, steps: int, report: Callable[[int], None]
+) -> Tensor:
+    """The white noise after gradient descent on how far the inputs made of it are from what the batch norms hold."""
+    place = next(p for p in model.parameters() if p.is_floating_point())
+    white = white.clone().requires_grad_()
+    optimiser = torch.optim.Adam([white], lr=RATE, betas=(MOMENTUM, 0.999))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps, 1))
+    for step in range(steps):
+        report(step)
+        with evaluating(model), torch.enable_grad(), _statistics(norms) as found:
+            model((coloured(white) / scale).to(place.dtype))
+            (white.grad,) = torch.autograd.grad(torch.stack(found).mean(), [white])
+        optimiser.step()
+        schedule.step()
+    report(steps)
+    return white.detach()
+
+
+def _report(progress: Progress, done: int, total: int, step: int) -> None:
+    progress("making inputs", done + step, total)
+
+
+def _norms(model: nn.Module) -> list[nn.Module]:
+    """The batch norms that hold statistics of training: not those that are as new, or folded into other layers."""
+    return [module for module in model.modules() if holds_statistics(module) and not _is_standard(cast(Any, module))]
+
+
+def _is_standard(norm: nn.BatchNorm2d) -> bool:
+    """Whether a batch norm holds mean 0 and variance 1 for every channel, as a new one does."""
+    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    return bool(mean.abs().max() < 1e-3 and (variance - 1).abs().max() < 1e-3)
 
 
 @contextmanager

@@ -40,6 +40,7 @@ def compression_dict(result: Result, out: Path) -> dict[str, Any]:
         "kept": result.after.kept(result.before),
         "seconds": result.seconds,
         "out": str(out),
+        "calibration": calibration(result.plan.settings),
         "layers": layers,
         "skipped": dict(result.plan.skipped),
     }
@@ -68,9 +69,21 @@ def compression(result: Result, out: Path) -> RenderableType:
     notes = [
         totals(result.before, result.after),
         Text(f"{what} {objective:.4f}{proof}", "dim"),
+        Text(calibration(result.plan.settings), "dim"),
         Text(f"{out}  ({result.seconds:.1f} s)"),
     ]
     return Group(table, skipped(result.plan.skipped), *notes)
+
+
+def calibration(settings: Mapping[str, Any]) -> str:
+    """What errors were measured by and why, in a line."""
+    reason = settings.get("calibration_reason", "asked for")
+    if settings.get("metric") == "frobenius":
+        return f"calibration: none, errors are those of the weights ({reason})"
+    unseen = settings.get("frobenius_layers")
+    never = f"; never called on them, so by their weights: {', '.join(unseen)}" if unseen else ""
+    inputs = f"{settings['calibration_samples']:,} {settings['calibration']}"
+    return f"calibration: {inputs} ({reason}); fitted {settings['fitted']}{never}"
 
 
 def analysis(report: Analysis) -> RenderableType:

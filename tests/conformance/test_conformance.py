@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rankfold import Budget, compress
 from rankfold.curves import measure_layer
 from rankfold.decompositions import DECOMPOSITIONS, expand, family_of, fit, reconstruct, relative_error, wiring_of
-from rankfold.layers import FLOATS, LAYER_KINDS, factorised, shape_of, stage_weights, weight_of
+from rankfold.layers import FLOATS, LAYER_KINDS, factorised, shape_of, stage_factors, stage_weights, weight_of
 from rankfold.network import find_layers
 
 each_name = pytest.mark.parametrize("name", NAMES)
@@ -73,6 +73,18 @@ def test_factorised_layer_equals_dense_layer_with_reconstructed_weight(case: Cas
     stages, weight = replaced(module, name, middle_ranks(case, name))
     x = example(case, torch.float64)
     torch.testing.assert_close(stages(x), dense(module, weight)(x), rtol=1e-9, atol=1e-9)
+
+
+@each_case
+@each_name
+def test_stages_give_back_the_factors_they_were_made_from(case: Case, name: str):
+    module, ranks = case.module, middle_ranks(case, name)
+    shape = shape_of(module)
+    wiring = wiring_of(name, shape)
+    factors = fit(name, weight_of(module), shape, ranks, sweeps=0)
+    stages = factorised(module, wiring, ranks, stage_weights(module, wiring, factors))
+    for found, factor in zip(stage_factors(stages, module, wiring, ranks), factors, strict=True):
+        assert torch.equal(found, factor.float())
 
 
 @each_case
