@@ -95,7 +95,7 @@ def records_of(folder: Path, part: str) -> Iterator[dict[str, Any]]:
         cases = [("layer by layer", b, real, apart) for b in (0.5, 0.3, 0.2)]
         cases += [("layer by layer, synthetic", b, "synthetic", apart) for b in (0.5, 0.3, 0.2)]
     else:
-        budgets = (0.8, 0.65, 0.5) if name in IMAGENET else (0.5, 0.3, 0.2)
+        budgets = (0.95, 0.9, 0.8) if name in IMAGENET else (0.5, 0.3, 0.2)
         given = {"none": "none", "synthetic": "synthetic", f"real, {sum(map(len, real))}": real}
         cases = [(label, budget, calibration, {}) for budget in budgets for label, calibration in given.items()]
     assert source.input_shape is not None

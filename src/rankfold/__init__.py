@@ -11,6 +11,7 @@ from rankfold.errors import (
     PlanError,
     RankfoldError,
     SearchError,
+    TrainingError,
     UnknownNameError,
 )
 from rankfold.pipeline import Result, compress
@@ -30,6 +31,7 @@ __all__ = [
     "RankfoldError",
     "Result",
     "SearchError",
+    "TrainingError",
     "UnknownNameError",
     "analyze",
     "compress",

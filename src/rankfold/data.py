@@ -50,11 +50,23 @@ class Dataset:
         """One more than the largest label."""
         return int(self.y.max()) + 1
 
+    @property
+    def black(self) -> Tensor:
+        """What a black pixel is to the model, per channel: zero where inputs are taken as they are."""
+        scaled = not isinstance(self.x, np.ndarray) or not np.issubdtype(self.x.dtype, np.floating)
+        if not scaled and not self.normalise_floats:
+            return torch.zeros(self.input_shape[0])
+        return -torch.tensor(self.normalisation.mean) / torch.tensor(self.normalisation.std)
+
     def sample(self, count: int) -> Dataset:
         """At most `count` of the examples, evenly spaced: every n-th from the first on."""
-        places = range(0, len(self), max(1, len(self) // count))[:count]
-        x = self.x[list(places)] if isinstance(self.x, np.ndarray) else [self.x[k] for k in places]
-        return replace(self, x=x, y=self.y[list(places)])
+        return self.take(range(0, len(self), max(1, len(self) // count))[:count])
+
+    def take(self, places: Sequence[int]) -> Dataset:
+        """The examples at these places."""
+        chosen = list(places)
+        x = self.x[chosen] if isinstance(self.x, np.ndarray) else [self.x[k] for k in chosen]
+        return replace(self, x=x, y=self.y[chosen])
 
     def batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Inputs, float32 of shape (n, *input_shape), and labels (n,)."""

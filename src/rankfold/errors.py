@@ -4,6 +4,7 @@ RankfoldError
 ├── ModelError      the network, its weights or its example inputs
 ├── BudgetError     a budget that cannot be read, or cannot be met
 ├── SearchError     a search that cannot go on
+├── TrainingError   fine-tuning that cannot start, or cannot go on
 ├── PlanError       a plan that cannot be read, or does not fit the model
 ├── UnknownNameError  a name or pattern that matches nothing; carries the nearest ones
 ├── DataError       evaluation data
@@ -30,6 +31,10 @@ class BudgetError(RankfoldError):
 
 class SearchError(RankfoldError):
     """A search that cannot go on: a loss or a weight of its own is not finite."""
+
+
+class TrainingError(RankfoldError):
+    """Fine-tuning with settings that do not fit each other or the model, or whose loss is not finite."""
 
 
 class PlanError(RankfoldError):

@@ -114,9 +114,7 @@ class Divergence(NetworkObjective):
         taught, output = self._taught[batch], output_of(call(inputs))
         if not self.logits:
             return (output - taught).square().sum() / taught.square().sum().clamp_min(1e-30)
-        own = functional.log_softmax(output.flatten(0, -2).float() / self.temperature, -1)
-        other = functional.log_softmax(taught.flatten(0, -2).float() / self.temperature, -1)
-        return self.temperature**2 * functional.kl_div(own, other, reduction="batchmean", log_target=True)
+        return softened(output, taught, self.temperature)
 
     def describe(self) -> str:
         kind = f"Kullback-Leibler at temperature {self.temperature:g}" if self.logits else "squared error"
@@ -150,6 +148,20 @@ class Validation(NetworkObjective):
     def describe(self) -> str:
         name = getattr(self.criterion, "__qualname__", "the user's") if self.criterion else "cross-entropy"
         return f"validation loss ({name}; {self._amount()})"
+
+
+def softened(output: Tensor, taught: Tensor, temperature: float) -> Tensor:
+    """T² times the Kullback-Leibler divergence of the softmax at T from the teacher's, over the last axis, per row.
+
+    Raises ModelError where the two do not have the same shape.
+    """
+    if output.shape != taught.shape:
+        raise ModelError(
+            f"the student gives outputs of shape {tuple(output.shape)}, the teacher {tuple(taught.shape)}; "
+            "distillation needs a teacher of the same classes"
+        )
+    own, other = (functional.log_softmax(one.float().flatten(0, -2) / temperature, -1) for one in (output, taught))
+    return temperature**2 * functional.kl_div(own, other, reduction="batchmean", log_target=True)
 
 
 def output_of(output: Any) -> Tensor:

@@ -1,0 +1,145 @@
+"""What fine-tuning lowers: the task's loss, and distances from a teacher in outputs, layers and weights.
+
+    L = a L_task + b T² KL(teacher ‖ student at temperature T) + c Σ_i ‖W_i − Ŵ_i‖² + d Σ_i ‖O_i(x) − D_i(x)‖²
+
+The last two are L_diss of arXiv 2409.03555: W_i and O_i are the weight and the output of the original's i-th decomposed
+layer, Ŵ_i and D_i those of its factors. They need the original as the teacher, the second term any network that gives
+the same classes (Hinton et al., arXiv 1503.02531). Each is a mean over entries and layers, or a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rankfold.decompositions import reconstruct, wiring_of
+from rankfold.errors import TrainingError
+from rankfold.layers import shape_of, stage_factors, weight_of
+from rankfold.objectives import output_of, softened
+from rankfold.plan import LayerPlan, Plan
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The weights of the terms, zero for those that are left out.
+
+    `criterion` is the task's loss of outputs and targets, cross-entropy where none is given. `reduction` of the two
+    terms over layers is "mean" or "sum": over entries and layers, or over all but the batch, of which it is the mean.
+    """
+
+    task: float = 1.0
+    logits: float = 1.0
+    temperature: float = 4.0
+    weights: float = 0.0
+    outputs: float = 0.0
+    reduction: str = "mean"
+    criterion: Callable[[Any, Any], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.reduction not in ("mean", "sum"):
+            raise TrainingError(f"reduction {self.reduction!r} is neither 'mean' nor 'sum'")
+        given = {name: getattr(self, name) for name in ("task", "logits", "weights", "outputs")}
+        negative = [name for name, value in given.items() if value < 0]
+        if negative:
+            raise TrainingError(
+                f"the weight of the {negative[0]} loss is {given[negative[0]]}; it must not be negative"
+            )
+        if not any(given.values()):
+            raise TrainingError("every loss has weight zero; give one of task, logits, weights and outputs a weight")
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether a term goes by layers, which needs the original as the teacher."""
+        return self.weights > 0 or self.outputs > 0
+
+    @property
+    def taught(self) -> bool:
+        """Whether a term needs a pass of the teacher."""
+        return self.logits > 0 or self.outputs > 0
+
+
+class Distillation:
+    """The terms for a student and its teacher, which is run in evaluation mode and gets no gradients."""
+
+    def __init__(self, losses: Losses, student: nn.Module, teacher: nn.Module | None, plan: Plan | None) -> None:
+        if losses.taught and teacher is None:
+            raise TrainingError("losses of logits and outputs need a teacher; give one, or set their weights to zero")
+        if losses.by_layer and (teacher is None or plan is None):
+            raise TrainingError("losses by layer need the original as the teacher, and the plan of its layers")
+        self.losses, self.student, self.teacher = losses, student, teacher
+        self.layers = plan.decomposed if plan and losses.by_layer else ()
+        for layer in self.layers:
+            _check_place(cast(nn.Module, teacher), layer)
+
+    def __call__(self, run: Callable[[Tensor], Any], x: Tensor, y: Tensor | None) -> dict[str, Tensor]:
+        """The weighted terms for a batch, by name; `run` is the student, wrapped or not."""
+        losses, terms = self.losses, {}
+        with self._outputs(self.student) as own:
+            output = run(x)
+        taught, theirs = None, {}
+        if losses.taught:
+            with torch.no_grad(), self._outputs(cast(nn.Module, self.teacher)) as theirs:
+                taught = cast(nn.Module, self.teacher)(x)
+        if losses.task and y is not None:
+            criterion = losses.criterion
+            loss = criterion(output, y) if criterion else functional.cross_entropy(output_of(output).float(), y)
+            terms["task"] = losses.task * loss
+        if losses.logits:
+            terms["logits"] = losses.logits * softened(output_of(output), output_of(taught), losses.temperature)
+        if losses.weights:
+            terms["weights"] = losses.weights * self._over_layers(self._weight_distance)
+        if losses.outputs:
+            distances = {name: self._distance(own[name], theirs[name], len(x)) for name in own}
+            terms["outputs"] = losses.outputs * self._over_layers(lambda layer: distances[layer.name])
+        return terms
+
+    def _over_layers(self, distance: Callable[[LayerPlan], Tensor]) -> Tensor:
+        found = torch.stack([distance(layer) for layer in self.layers])
+        return found.mean() if self.losses.reduction == "mean" else found.sum()
+
+    def _weight_distance(self, layer: LayerPlan) -> Tensor:
+        """‖W − Ŵ‖² of a layer."""
+        module = cast(nn.Module, self.teacher).get_submodule(layer.name)
+        wiring = wiring_of(cast(str, layer.decomposition), shape_of(module))
+        factors = stage_factors(self.student.get_submodule(layer.name), module, wiring, layer.ranks)
+        return self._distance(reconstruct(wiring, factors), weight_of(module), 1)
+
+    def _distance(self, own: Tensor, other: Tensor, batch: int) -> Tensor:
+        squares = (own.float() - other.float()).square()
+        return squares.mean() if self.losses.reduction == "mean" else squares.sum() / batch
+
+    @contextmanager
+    def _outputs(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """What the decomposed layers, or those they stand for, give in a pass."""
+        seen: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Any:
+            return lambda module, args, output: seen.__setitem__(name, output.clone())  # a ReLU may overwrite it
+
+        handles = [
+            model.get_submodule(layer.name).register_forward_hook(keep(layer.name))
+            for layer in (self.layers if self.losses.outputs else ())
+        ]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _check_place(teacher: nn.Module, layer: LayerPlan) -> None:
+    try:
+        weight = tuple(cast(Tensor, teacher.get_submodule(layer.name).weight).shape)
+    except AttributeError:
+        weight = ()
+    if weight != layer.weight:
+        raise TrainingError(
+            f"{layer.name}: the teacher has no such layer of weight {layer.weight}; losses by layer need the original "
+            "as the teacher, so set their weights to zero"
+        )

@@ -1,0 +1,338 @@
+"""Fine-tuning: one loop for every loss, device, precision and number of processes, by way of Hugging Face Accelerate.
+
+The same call runs in one process or in several (`torchrun`, `accelerate launch`): every process takes its share of each
+batch, gradients are averaged, and batch norms use the statistics of the whole batch, so the result is the same up to
+the order of summation. Whatever is random is drawn from the seed, the epoch and the step, so a run that is interrupted
+and resumed from its checkpoint ends with the same weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.data import Dataset
+from rankfold.errors import TrainingError
+from rankfold.evaluation import accuracy
+from rankfold.network import duplicate
+from rankfold.plan import Plan
+from rankfold.progress import Progress, silent
+from rankfold.training import checkpoints
+from rankfold.training.augment import augmentation
+from rankfold.training.checkpoints import Checkpoint
+from rankfold.training.distillation import Distillation, Losses
+from rankfold.training.log import Log
+from rankfold.training.settings import Training, rate_at
+from rankfold.training.synchronised import synchronise_norms_
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """An epoch in numbers: its mean loss, and the share of right answers on held-out examples, in percent."""
+
+    loss: float
+    top1: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The fine-tuned network, its history, and how it was trained; `precision` is the one that was taken."""
+
+    model: nn.Module
+    epochs: tuple[Epoch, ...]
+    precision: str
+    resumed_at: int = 0
+
+
+@dataclass
+class _State:
+    """Where a run is: how many steps are behind it, and what they were like."""
+
+    step: int = 0
+    epochs: list[Epoch] = field(default_factory=list)
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+
+
+def fine_tune(
+    student: nn.Module,
+    data: Dataset,
+    *,
+    teacher: nn.Module | None = None,
+    plan: Plan | None = None,
+    labels: bool = True,
+    training: Training | None = None,
+    losses: Losses | None = None,
+    held_out: Dataset | None = None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    log: Path | None = None,
+    progress: Progress = silent,
+) -> Trained:
+    """A fine-tuned copy of `student`, taught by `teacher` on the inputs and, unless told otherwise, labels of `data`.
+
+    `plan` is needed for losses by layer. `held_out` is scored after every epoch, in the main process. `checkpoint` is
+    the file that the state is kept in; with `resume` an earlier run with the same settings goes on from there. `log`
+    is a CSV file with a line per step. Raises TrainingError for settings that do not fit, and for a loss that is not
+    finite, with the last checkpoint kept.
+    """
+    training, losses = training or Training(), losses or Losses()
+    if resume and checkpoint is None:
+        raise TrainingError("there is nothing to resume from without a checkpoint; say where it is")
+    found = checkpoints.read(checkpoint) if resume and checkpoint else None
+    precision = found.facts.get("precision", "no") if found else training.precision
+    run = _Run(student, data, teacher, plan, labels, training=training, losses=losses, precision=precision)
+    if found:
+        run.restore(found)
+    began = run.state.step
+    with torch.random.fork_rng(), Log(log if run.main else None, began) as lines:
+        run.train(held_out, checkpoint if run.main else None, lines, progress)
+    return Trained(run.result(), tuple(run.state.epochs), run.precision, began)
+
+
+def split(data: Dataset, held_out: int, seed: int = 0) -> tuple[Dataset, Dataset]:
+    """The data without `held_out` random examples, and those; raises TrainingError where too few would be left."""
+    if not 0 < held_out < len(data):
+        raise TrainingError(f"{held_out} of {len(data)} examples cannot be held out; take fewer, but at least one")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+    return data.take(sorted(order[held_out:])), data.take(sorted(order[:held_out]))
+
+
+class _Run:
+    """One training run: the networks where they are trained, the optimiser, and how far it is."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        data: Dataset,
+        teacher: nn.Module | None,
+        plan: Plan | None,
+        labels: bool,
+        *,
+        training: Training,
+        losses: Losses,
+        precision: str,
+    ) -> None:
+        self.training, self.data, self.labels, self.skeleton = training, data, labels, duplicate(student)
+        place = _processes()
+        self.device, self.rank, self.world = place.device, place.process_index, place.num_processes
+        if training.batch_size % self.world or len(data) < training.batch_size:
+            raise TrainingError(
+                f"batches of {training.batch_size} do not divide among {self.world} processes, or exceed the "
+                f"{len(data)} examples; change the batch size"
+            )
+        self.layout = torch.channels_last if training.channels_last and len(data.input_shape) == 3 else None
+        self.dtype = next(p.dtype for p in student.parameters() if p.is_floating_point())
+        self.student = self._placed(student).train()
+        self.teacher = self._placed(teacher).eval().requires_grad_(False) if teacher else None
+        if self.world > 1:
+            synchronise_norms_(self.student)
+        self.distillation = Distillation(losses, self.student, self.teacher, plan)
+        self.augment, self.black = augmentation(training.augment), data.black
+        self.steps = len(data) // training.batch_size
+        self.state = _State()
+        self.precision = self._faster() if precision == "auto" else precision
+        self.accelerator = _accelerator(self.precision)
+        wrapped, self.optimiser = self.accelerator.prepare(self.student, _optimiser(self.student, training))
+        self.call = torch.compile(wrapped) if training.compiled else wrapped
+        self.average = {name: tensor.clone() for name, tensor in self._floats()} if training.ema else {}
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and reports."""
+        return self.rank == 0
+
+    def train(self, held_out: Dataset | None, checkpoint: Path | None, log: Log, progress: Progress) -> None:
+        """All steps that are left."""
+        total, saved = self.steps * self.training.epochs, time.monotonic()
+        ordered, order = -1, torch.empty(0)
+        while self.state.step < total:
+            start = time.perf_counter()
+            epoch, place = divmod(self.state.step, self.steps)
+            if ordered != epoch:
+                ordered, order = epoch, self._drawn(epoch)
+            rate = rate_at(self.training, self.state.step, total)
+            terms = self._step(order[place * self.training.batch_size :][: self.training.batch_size], rate)
+            loss = sum(terms.values())
+            if not math.isfinite(loss):
+                raise TrainingError(_diverged(self.state.step, terms, rate, checkpoint))
+            taken = time.perf_counter() - start
+            self.state.step += 1
+            self.state.loss_sum += loss
+            self.state.seconds += taken
+            speed = self.training.batch_size / taken
+            log.line(self.state.step, epoch + 1, rate, speed, {"loss": loss, **terms})
+            note = f"epoch {epoch + 1}, loss {loss:.4g}, rate {rate:.2g}, {speed:,.0f} images/s"
+            progress("fine-tuning", self.state.step, total, note)
+            done = self.state.step % self.steps == 0
+            if done:
+                self._close_epoch(held_out)
+            if checkpoint and (done or time.monotonic() - saved > 60 * self.training.minutes):
+                self._save(checkpoint)
+                saved = time.monotonic()
+
+    def result(self) -> nn.Module:
+        """The network with the trained weights, or their average where one is kept, in evaluation mode."""
+        model = duplicate(self.skeleton)
+        model.load_state_dict({**self.student.state_dict(), **self.average})
+        return model.eval()
+
+    def restore(self, found: Checkpoint) -> None:
+        """Goes on from a checkpoint; raises TrainingError where it is of another run."""
+        if found.facts.get("settings") != self._settings():
+            raise TrainingError("the checkpoint is of a run with other settings; resume with the same, or start anew")
+        self.student.load_state_dict(found.groups["model"])
+        self.average = {name: tensor.to(self.device) for name, tensor in found.groups.get("average", {}).items()}
+        states: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in found.groups.get("optimiser", {}).items():
+            index, _, name = key.partition(".")
+            states.setdefault(int(index), {})[name] = tensor
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": states})
+        epochs = [Epoch(**one) for one in found.facts["epochs"]]
+        self.state = _State(found.facts["step"], epochs, found.facts["loss_sum"], found.facts["seconds"])
+
+    def _placed(self, model: nn.Module) -> nn.Module:
+        placed = duplicate(model).to(self.device, self.dtype)
+        return placed.to(memory_format=self.layout) if self.layout is not None else placed  # type: ignore[call-overload]
+
+    def _drawn(self, epoch: int) -> Tensor:
+        """The order of the examples in an epoch."""
+        generator = torch.Generator().manual_seed(_seed(self.training.seed, 0, epoch))
+        return torch.randperm(len(self.data), generator=generator)
+
+    def _batch(self, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
+        """This process's share of a batch, augmented as the whole batch is."""
+        x, y = self.data.take(chosen.tolist()).batch(0, len(chosen))
+        generator = torch.Generator().manual_seed(_seed(self.training.seed, 1, self.state.step))
+        x = self.augment(x, self.black, generator).to(self.dtype)
+        x, y = (one.chunk(self.world)[self.rank].to(self.device) for one in (x, y))
+        x = x.contiguous(memory_format=self.layout) if self.layout is not None else x
+        return x, y if self.labels else None
+
+    def _step(self, chosen: Tensor, rate: float) -> dict[str, float]:
+        """One step of the optimiser; the terms of the loss as numbers, over all processes."""
+        x, y = self._batch(chosen)
+        torch.manual_seed(_seed(self.training.seed, 2 + self.rank, self.state.step))  # for dropout
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        with self.accelerator.autocast():
+            terms = self.distillation(self.call, x, y)
+        self.optimiser.zero_grad()
+        self.accelerator.backward(torch.stack(list(terms.values())).sum())
+        if self.training.clip:
+            self.accelerator.clip_grad_norm_(self.student.parameters(), self.training.clip)
+        self.optimiser.step()
+        decay = min(self.training.ema, (1 + self.state.step) / (10 + self.state.step))
+        for name, tensor in self._floats() if self.average else ():
+            self.average[name].lerp_(tensor, 1 - decay)
+        mean = self.accelerator.reduce(torch.stack([term.detach().float() for term in terms.values()]), "mean")
+        return dict(zip(terms, cast(Tensor, mean).tolist(), strict=True))
+
+    def _floats(self) -> list[tuple[str, Tensor]]:
+        """Parameters and buffers that an average makes sense of."""
+        return [(n, t.detach()) for n, t in self.student.state_dict().items() if t.is_floating_point()]
+
+    def _close_epoch(self, held_out: Dataset | None) -> None:
+        state = self.state
+        top1 = accuracy(self.result(), held_out).top1 if held_out and self.main else None
+        state.epochs.append(Epoch(state.loss_sum / self.steps, top1, round(state.seconds, 2)))
+        state.loss_sum = state.seconds = 0.0
+
+    def _save(self, path: Path) -> None:
+        optimiser = {
+            f"{index}.{name}": tensor
+            for index, held in self.optimiser.state_dict()["state"].items()
+            for name, tensor in held.items()
+            if isinstance(tensor, Tensor)
+        }
+        groups = {
+            "model": dict(self.student.state_dict()),
+            "average": self.average,
+            "optimiser": optimiser,
+        }
+        facts = {**asdict(self.state), "settings": self._settings(), "precision": self.precision}
+        checkpoints.write(path, Checkpoint(groups, facts))
+
+    def _settings(self) -> dict[str, Any]:
+        """What has to be the same for a run to go on."""
+        losses = {name: value for name, value in asdict(self.distillation.losses).items() if name != "criterion"}
+        return {**asdict(self.training), "losses": losses, "labels": self.labels, "examples": len(self.data)}
+
+    def _faster(self) -> str:
+        """bfloat16 where passes of it take less than nine tenths of the time of others, by a trial of two batches."""
+        x, y = self._batch(torch.arange(self.training.batch_size))
+        before = {name: tensor.clone() for name, tensor in self.student.state_dict().items()}
+        seconds = {}
+        for precision in ("no", "bf16", "no", "bf16"):
+            start = time.perf_counter()
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                loss = torch.stack(list(self.distillation(self.student, x, y).values())).sum()
+            loss.backward()
+            loss.item()  # waits for the device
+            seconds[precision] = time.perf_counter() - start  # the first of each is warming up
+        self.student.load_state_dict(before)
+        self.student.zero_grad(set_to_none=True)
+        return _agreed("bf16" if seconds["bf16"] < 0.9 * seconds["no"] else "no")
+
+
+def _optimiser(model: nn.Module, training: Training) -> torch.optim.Optimizer:
+    """The optimiser; biases and norms are left out of weight decay."""
+    named = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in named if p.ndim > 1], "weight_decay": training.weight_decay},
+        {"params": [p for p in named if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if training.optimiser == "adamw":
+        return torch.optim.AdamW(groups, lr=training.rate, betas=(training.momentum, 0.999))
+    return torch.optim.SGD(groups, lr=training.rate, momentum=training.momentum, nesterov=training.momentum > 0)
+
+
+def _seed(seed: int, stream: int, count: int) -> int:
+    """A seed of its own for every count of every stream of random numbers."""
+    return (seed * 1_000_003 + stream) * 10_000_019 + count
+
+
+def _accelerate() -> Any:
+    try:
+        import accelerate
+    except ImportError as error:
+        raise TrainingError(f"fine-tuning needs accelerate: pip install 'rankfold[train]' ({error})") from error
+    return accelerate
+
+
+def _processes() -> Any:
+    """This process's device and its place among all."""
+    return _accelerate().PartialState()
+
+
+def _accelerator(precision: str) -> Any:
+    """Accelerate's engine at a precision; its own record of an earlier run at another one is cleared."""
+    accelerate = _accelerate()
+    accelerate.state.AcceleratorState._reset_state()
+    return accelerate.Accelerator(mixed_precision=precision, step_scheduler_with_optimizer=False)
+
+
+def _agreed(choice: str) -> str:
+    """What the main process chose."""
+    choices = [choice]
+    _accelerate().utils.broadcast_object_list(choices)
+    return choices[0]
+
+
+def _diverged(step: int, terms: Mapping[str, float], rate: float, checkpoint: Path | None) -> str:
+    shown = ", ".join(f"{name} {value:g}" for name, value in terms.items())
+    kept = (
+        f"the last checkpoint, {checkpoint}, is from before" if checkpoint and checkpoint.exists() else "no checkpoint"
+    )
+    return (
+        f"the loss is not finite at step {step + 1} ({shown}; learning rate {rate:.3g}); {kept}; lower the learning "
+        "rate, or the norm that gradients are clipped at"
+    )

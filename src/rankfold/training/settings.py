@@ -1,0 +1,60 @@
+"""The settings of a training run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rankfold.errors import TrainingError
+from rankfold.training.augment import augmentation
+
+OPTIMISERS = ("sgd", "adamw")
+PRECISIONS = ("auto", "no", "bf16")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to fine-tune.
+
+    `batch_size` is that of all processes together; the last, smaller batch of an epoch is left out. `rate` is the
+    learning rate after a linear warm-up of `warmup` steps, from which it falls to zero along a cosine. `clip` limits
+    the norm of the gradient. `ema` is the decay per step of an average of the weights, which is the result; zero: the
+    weights themselves. `precision` is that of the passes; "auto" takes bfloat16 where a trial shows it is faster.
+    `minutes` is how long a checkpoint may be old, besides the one of every epoch.
+    """
+
+    epochs: int = 30
+    batch_size: int = 128
+    optimiser: str = "sgd"
+    rate: float = 0.02
+    warmup: int = 200
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    clip: float = 5.0
+    ema: float = 0.0
+    augment: str = "none"
+    precision: str = "auto"
+    channels_last: bool = True
+    compiled: bool = False
+    minutes: float = 10.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("optimiser", OPTIMISERS), ("precision", PRECISIONS)):
+            if getattr(self, name) not in allowed:
+                raise TrainingError(f"{name} {getattr(self, name)!r} is unknown; allowed: {', '.join(allowed)}")
+        positive = {"epochs": self.epochs, "batch_size": self.batch_size, "rate": self.rate, "minutes": self.minutes}
+        for name, value in positive.items():
+            if value <= 0:
+                raise TrainingError(f"{name} {value} must be positive")
+        if not 0 <= self.ema < 1:
+            raise TrainingError(f"ema {self.ema} is a decay per step, from 0 to below 1, for example 0.999")
+        augmentation(self.augment)
+
+
+def rate_at(training: Training, step: int, total: int) -> float:
+    """The learning rate of a step: a linear rise over the warm-up, then a cosine to zero."""
+    warmup = min(training.warmup, max(total // 10, 1))
+    if step < warmup:
+        return training.rate * (step + 1) / warmup
+    return 0.5 * training.rate * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
