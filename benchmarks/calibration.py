@@ -20,13 +20,16 @@ from common import RESULTS, accuracy_record, network, parser, require_data, unla
 from torch import nn
 
 from rankfold import Budget, compress
+from rankfold.calibration import Calibration, calibrate
 from rankfold.data import Dataset
 from rankfold.evaluation import accuracy
 from rankfold.models import Source
+from rankfold.network import find_layers
+from rankfold.synthetic import synthetic_like
 
 CIFAR = ("cifar10_resnet20", "cifar10_resnet32")
 IMAGENET = {"mobilenet_v2": "imagenet_mobilenet_v2", "deit_tiny": "imagenet_deit_tiny"}
-PARTS = (*CIFAR, "mnist_lenet", *IMAGENET, "samples", "choices")
+PARTS = (*CIFAR, "mnist_lenet", *IMAGENET, "samples")
 COUNTS = (16, 64, 256, 1024, 4096)
 
 
@@ -65,58 +68,61 @@ def opened(folder: Path, name: str) -> tuple[Source, Dataset, str, list[torch.Te
     return source, scored, called, unlabelled(folder, source, f"{data}/train.npz")
 
 
-def measured(model: nn.Module, shape: tuple[int, ...], budget: float, given: Any, **options: Any) -> tuple[Any, Stages]:
-    """One compression with cp3, and the seconds of its stages."""
-    stages = Stages()
-    result = compress(
-        model,
-        torch.zeros(1, *shape),
-        decomposition="cp3",
-        budget=Budget(macs=budget),
-        calibration=given,
-        progress=stages,
-        **options,
-    )
+def calibrated(
+    model: nn.Module, shape: tuple[int, ...], inputs: list[torch.Tensor] | None
+) -> tuple[Calibration, Stages]:
+    """Moments of every layer on these inputs, or on synthetic ones, and the seconds that took."""
+    stages, example = Stages(), torch.zeros(1, *shape)
+    name = "given inputs" if inputs is not None else "synthetic inputs"
+    batches = inputs if inputs is not None else synthetic_like(model, example, progress=stages)
+    found = calibrate(model, find_layers(model, example).found, batches, source=name, progress=stages)
     stages.end()
-    return result, stages
+    return found, stages
 
 
 def records_of(folder: Path, part: str) -> Iterator[dict[str, Any]]:
     """The records of a part, one by one."""
-    name = part if part not in ("samples", "choices") else CIFAR[0]
+    name = part if part != "samples" else CIFAR[0]
     source, scored, called, real = opened(folder, name)
+    shape = source.input_shape
+    assert shape is not None
     base = accuracy(source.model, scored)
-    cases: list[tuple[str, float, Any, dict[str, Any]]]
+    given: dict[str, list[torch.Tensor] | str | None]
     if part == "samples":
-        cases = [(f"real, {n}", 0.2, unlabelled(folder, source, "cifar10/train.npz", n), {}) for n in COUNTS]
-        cases += [(f"synthetic, {n}", 0.2, "synthetic", {"calibration_samples": n}) for n in COUNTS[:-1]]
-    elif part == "choices":
-        apart = {"sequential": False}
-        cases = [("layer by layer", b, real, apart) for b in (0.5, 0.3, 0.2)]
-        cases += [("layer by layer, synthetic", b, "synthetic", apart) for b in (0.5, 0.3, 0.2)]
+        budgets: tuple[float, ...] = (0.2,)
+        given = {f"real, {n}": unlabelled(folder, source, "cifar10/train.npz", n) for n in COUNTS}
     else:
         budgets = (0.95, 0.9, 0.8) if name in IMAGENET else (0.5, 0.3, 0.2)
-        given = {"none": "none", "synthetic": "synthetic", f"real, {sum(map(len, real))}": real}
-        cases = [(label, budget, calibration, {}) for budget in budgets for label, calibration in given.items()]
-    assert source.input_shape is not None
-    for label, budget, calibration, options in cases:
-        result, stages = measured(source.model, source.input_shape, budget, calibration, **options)
-        found = accuracy(result.model, scored)
-        yield accuracy_record(
-            label,
-            result,
-            found,
-            base,
-            model=name,
-            data=called,
-            part=part,
-            budget=budget,
-            difference=round(found.top1 - base.top1, 2),
-            params=result.after.params,
-            macs=result.after.macs,
-            samples=result.plan.settings.get("calibration_samples", 0),
-            stages=stages.seconds,
-        )
+        given = {"none": "none", "synthetic": None, f"real, {sum(map(len, real))}": real}
+    for label, inputs in given.items():
+        known, before = ("none", Stages()) if isinstance(inputs, str) else calibrated(source.model, shape, inputs)
+        for budget in budgets:
+            stages = Stages(dict(before.seconds))
+            result = compress(
+                source.model,
+                torch.zeros(1, *shape),
+                decomposition="cp3",
+                budget=Budget(macs=budget),
+                calibration=known,
+                progress=stages,
+            )
+            stages.end()
+            found = accuracy(result.model, scored)
+            yield accuracy_record(
+                label,
+                result,
+                found,
+                base,
+                model=name,
+                data=called,
+                part=part,
+                budget=budget,
+                difference=round(found.top1 - base.top1, 2),
+                params=result.after.params,
+                macs=result.after.macs,
+                samples=result.plan.settings.get("calibration_samples", 0),
+                stages=stages.seconds,
+            )
 
 
 def main() -> None:

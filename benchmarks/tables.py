@@ -49,6 +49,13 @@ def source(records: list[dict[str, Any]]) -> str:
     return f"{examples}`{one['command']}`, {one['date']}, {one['machine']}."
 
 
+def provenance(records: list[dict[str, Any]]) -> str:
+    """Where records of several data sets come from, in a line."""
+    sets = dict.fromkeys(f"{one['data']}, {one['examples']:,} images" for one in records)
+    one = records[0]
+    return f"{'; '.join(sets)}. `{one['command']}`, {one['date']}, {one['machine']}."
+
+
 def choices() -> str:
     """Accuracy by balance and fit, a row per network and choice, a column per budget."""
     records = newest("tucker_choices")
@@ -97,6 +104,25 @@ def against() -> str:
     return table(header, rows)
 
 
+def calibrations(records: list[dict[str, Any]], *, stages: bool) -> str:
+    """Accuracy by network, calibration and budget; with the seconds of every stage if wanted."""
+    header = ["network: calibration", "MACs kept", "parameters kept", "MACs", "parameters", "top-1 %", "against base"]
+    names = list(dict.fromkeys(name for one in records for name in one["stages"])) if stages else []
+    rows = [
+        [
+            f"{one['model']}: {one['method']}",
+            *(f"{100 * one[key]:.1f} %" for key in ("macs_kept", "params_kept")),
+            f"{one['macs'] / 1e6:.2f} M",
+            f"{one['params'] / 1e3:.1f} k",
+            f"{one['top1']:.2f}",
+            f"{one['difference']:+.2f}",
+            *(f"{one['stages'].get(name, 0):.1f}" for name in names),
+        ]
+        for one in records
+    ]
+    return table([*header, *(f"{name}, s" for name in names)], rows)
+
+
 def fill(path: Path, marker: str, body: str) -> None:
     """Puts a text between a file's markers."""
     filled = f"<!-- {marker} -->\n{body}\n<!-- /{marker} -->"
@@ -109,6 +135,7 @@ def main() -> None:
     sections = ["# Results\n\nMade by `python benchmarks/tables.py` from benchmarks/results; not to be edited."]
     titles = {
         "resnet20_frobenius": "ResNet-20 on CIFAR-10 at half the MACs, from the weights alone",
+        "calibration": "Calibration: none, synthetic inputs, real ones; no fine-tuning, no labels",
         "tucker_choices": "Balanced ranks and the closed form, for Tucker and trains",
         "speed": "Time and memory of compression",
         "exact_search": "The exact search",
@@ -130,15 +157,23 @@ def main() -> None:
             body = choices()
         elif name == "published_against_exact":
             body = against()
+        elif name == "calibration":
+            body = calibrations(records, stages=True)
         else:
             body = accuracies(records) if "error_reached" in records[0] and "top1" in records[0] else facts(records)
-        sections.append(f"## {title}\n\n{body}\n\n{source(records)}")
+        origin = provenance(records) if name == "calibration" else source(records)
+        sections.append(f"## {title}\n\n{body}\n\n{origin}")
     (ROOT / "docs").mkdir(exist_ok=True)
     (ROOT / "docs" / "results.md").write_text("\n\n".join(sections) + "\n")
     records = newest("resnet20_frobenius")
     fill(ROOT / "README.md", "results", f"{accuracies(records)}\n\n{source(records)}")
     records = newest("end_to_end")
     fill(ROOT / "docs" / "search.md", "end to end", f"\n{accuracies(records)}\n\n{source(records)}")
+    records = newest("calibration")
+    for marker, chosen in (("calibration", False), ("samples", True)):
+        part = [one for one in records if (one["part"] == "samples") == chosen]
+        body = f"\n{calibrations(part, stages=False)}\n\n{provenance(part)}"
+        fill(ROOT / "docs" / "calibration.md", marker, body)
     records = newest("published_against_exact")
     fill(ROOT / "docs" / "search.md", "published", f"\n{against()}\n\n{source(records)}")
 

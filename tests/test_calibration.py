@@ -15,7 +15,7 @@ from rankfold.network import find_layers
 
 
 def calibrated(model: nn.Module, batches: list) -> calibration.Calibration:
-    return calibrate(model, find_layers(model, batches[0]).found, batches)
+    return calibrate(model, find_layers(model, batches[0]).found, batches, shrink=False)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
@@ -66,6 +66,26 @@ def test_a_large_moment_is_a_kronecker_product_close_to_the_whole_one(
     weight = weight_of(small_cnn[2]).double()
     assert float(product.energy(weight)) == pytest.approx(float(Moment(joined).energy(weight)), rel=1e-9)
     assert float(product.energy(weight)) == pytest.approx(float(whole.energy(weight)), rel=0.35)
+
+
+def test_few_patches_are_mixed_with_the_identity_and_many_are_left_alone():
+    """Fewer patches than dimensions: the rank grows to full, the trace stays, unseen inputs are predicted better."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(40, 40, generator=generator, dtype=torch.float64) / 40**0.5
+    mixing *= torch.logspace(0, -1, 40, dtype=torch.float64)[:, None]
+    truth = mixing @ mixing.mT
+    errors, shares = [], []
+    for count in (10, 100, 100_000):
+        x = torch.randn(count, 40, generator=generator, dtype=torch.float64) @ mixing.mT
+        moment = Moment((x.mT @ x / count)[None], positions=count)
+        mixed = moment.shrunk().joint
+        assert float(mixed.diagonal(dim1=-2, dim2=-1).sum()) == pytest.approx(float(moment.joint[0].trace()))
+        errors.append((float((mixed[0] - truth).norm()), float((moment.joint[0] - truth).norm())))
+        shares.append(moment.shrinkage())
+    assert shares[0] > 0.3 > shares[1] > shares[2]
+    assert shares[2] < 1e-3
+    assert errors[0][0] < errors[0][1]
+    assert torch.linalg.eigvalsh(Moment((x[:5].mT @ x[:5] / 5)[None], positions=5).shrunk().joint).min() > 1e-4
 
 
 def test_shared_layers_add_up_and_uncalled_ones_are_named(image: torch.Tensor):

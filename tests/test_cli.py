@@ -247,6 +247,11 @@ def test_searches_objectives_and_limits_on_the_error(factory: str, npz: Path, tm
     code, text, err = run(capsys, monkeypatch, *common, *ends, "--out", str(out))
     assert (code, err) == (0, "")
     assert load_plan(out).settings["metric"] == "second moments"
+    assert json.loads(text)["calibration"] == "calibration: 8 given inputs (asked for); fitted in forward order"
+    code, text, err = run(capsys, monkeypatch, *common, *ends, "--no-sequential", "--out", str(out))
+    assert json.loads(text)["calibration"].endswith("fitted layer by layer")
+    code, text, err = run(capsys, monkeypatch, *common, "-b", "macs=0.5", "--out", str(out))
+    assert "none, errors are those of the weights (it has no batch norms" in json.loads(text)["calibration"]
 
     ends = ("-b", "macs=0.5", "--calibration", "synthetic", "--calibration-samples", "8")
     code, text, err = run(capsys, monkeypatch, *common, *ends, "--out", str(tmp_path / "synthetic"))

@@ -8,6 +8,7 @@ of its input with the zeros in between that its stride stands for.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -54,13 +55,15 @@ def calibrate(
     *,
     source: str = "given inputs",
     reason: str = "asked for",
+    shrink: bool = True,
     progress: Progress = silent,
 ) -> Calibration:
     """The second moments of the layers' patches over all batches, in one pass that keeps none of them.
 
     A batch is a tensor, a tuple or list of positional arguments, or a dict of keyword arguments; the model is run in
-    evaluation mode, and left as it was. A layer that is never called is listed as missing. Raises DataError for batches
-    that are empty, do not fit the model, or lead to values that are not finite.
+    evaluation mode, and left as it was. Where patches are few for their size, moments are mixed with the identity
+    (`Moment.shrunk`) unless `shrink` is false. A layer that is never called is listed as missing. Raises DataError for
+    batches that are empty, do not fit the model, or lead to values that are not finite.
     """
     sums: dict[str, MomentSum] = {}
     modules = {name: model.get_submodule(name) for layer in layers for name in (layer.name, *layer.aliases)}
@@ -78,7 +81,8 @@ def calibrate(
     for name, total in sums.items():
         if not total.finite:
             raise DataError(f"{name}: its inputs during calibration are not finite; check the calibration inputs")
-    moments = {layer.name: sums[layer.name].moment() for layer in layers if layer.name in sums}
+    raw = {layer.name: sums[layer.name].moment() for layer in layers if layer.name in sums}
+    moments = {name: moment.shrunk() for name, moment in raw.items()} if shrink else raw
     missing = {layer.name: "never called on the calibration inputs" for layer in layers if layer.name not in sums}
     kept = () if isinstance(batches, Iterator) else batches
     return Calibration(moments, missing, count, source, reason, samples, kept)
@@ -122,6 +126,15 @@ class MomentSum:
         by_inputs, by_taps = split.movedim(3, 2).flatten(1, 2), split.flatten(1, 2)
         cast(Tensor, self.inputs).add_((by_inputs.mT @ by_inputs).double().cpu())
         cast(Tensor, self.taps).add_((by_taps.mT @ by_taps).double().cpu())
+
+    def __add__(self, other: MomentSum) -> MomentSum:
+        """The sum over the patches of both."""
+        total = copy.copy(self)
+        for name in ("joint", "inputs", "taps"):
+            own = getattr(self, name)
+            setattr(total, name, None if own is None else own + getattr(other, name))
+        total.positions = self.positions + other.positions
+        return total
 
     @property
     def finite(self) -> bool:

@@ -71,12 +71,12 @@ def compare(
     then, or those in `weights`. Normalisation is the model's own unless `mean` and `std` are given.
     """
     plan = load_plan(directory)
-    source, shape = _rebuild(plan, directory)
+    source, shape = rebuild(plan, directory)
     student = load(directory, source.model)
     normalisation = source.normalised_by(shape[0], mean, std)
     dataset = open_dataset(data, shape, normalisation, normalise_floats=mean is not None or std is not None)
     if original:
-        _load_original_(source.model, plan, weights)
+        load_original_(source.model, plan, weights)
     source.model.to(next(p.dtype for p in student.parameters() if p.is_floating_point()))
     dense_ms, student_ms = latency((source.model, student), source.example(shape))
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
@@ -87,7 +87,7 @@ def compare(
     )
 
 
-def _rebuild(plan: Plan, directory: str | Path) -> tuple[Source, tuple[int, ...]]:
+def rebuild(plan: Plan, directory: str | Path) -> tuple[Source, tuple[int, ...]]:
     """The original network, built anew, and the shape of one input."""
     if "model" not in plan.source or "input_shape" not in plan.source:
         raise ArtifactError(
@@ -98,7 +98,7 @@ def _rebuild(plan: Plan, directory: str | Path) -> tuple[Source, tuple[int, ...]
     return source, tuple(plan.source["input_shape"])
 
 
-def _load_original_(model: nn.Module, plan: Plan, weights: str | Path | None) -> None:
+def load_original_(model: nn.Module, plan: Plan, weights: str | Path | None) -> None:
     """Gives the original its weights; raises ModelError where they are gone or not the ones compressed."""
     recorded = plan.source.get("weights")
     path = weights or recorded

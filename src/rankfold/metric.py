@@ -6,7 +6,7 @@ Over the input patches x a layer sees, E‖(W − Ŵ) x‖² is tr (W − Ŵ) Σ
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -27,6 +27,29 @@ class Moment:
     inputs: Float64[Tensor, "g i i"] | None = None
     taps: Float64[Tensor, "g t t"] | None = None
     positions: int = 0
+
+    def shrinkage(self) -> float:
+        """How far a whole moment is from being known, from 0 to 1: the share of the identity to mix with it.
+
+        Oracle approximating shrinkage (Chen et al., arXiv 0907.4698, equation 23): with few patches the moment is a
+        poor guide to inputs it was not measured on, and with fewer than dimensions it holds some for impossible.
+        """
+        if self.joint is None or self.positions == 0:
+            return 0.0
+        size = self.joint.shape[-1]
+        trace = self.joint.diagonal(dim1=-2, dim2=-1).sum(-1)
+        square, whole = float(self.joint.square().sum((-2, -1)).mean()), float(trace.square().mean())
+        spread = (self.positions + 1 - 2 / size) * (square - whole / size)
+        return min(1.0, ((1 - 2 / size) * square + whole) / spread) if spread > 0 else 1.0
+
+    def shrunk(self) -> Moment:
+        """The moment with its share of the identity, of the same trace."""
+        if self.joint is None:
+            return self
+        share, size = self.shrinkage(), self.joint.shape[-1]
+        mean = self.joint.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        identity = torch.eye(size, dtype=self.joint.dtype, device=self.joint.device)
+        return replace(self, joint=(1 - share) * self.joint + share * mean * identity)
 
     def applied(self, residual: Float[Tensor, "g o i *taps"]) -> Tensor:
         """The residual times the moment, in the residual's shape, dtype and place."""

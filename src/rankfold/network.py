@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -191,6 +191,34 @@ def find_layers(
 def matches(name: str, pattern: str) -> bool:
     """Whether a qualified name fits a glob pattern, or lies inside a module that does."""
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
+
+
+def traced(
+    model: nn.Module, modules: Iterable[nn.Module], forward: Callable[[], object]
+) -> tuple[list[nn.Module], dict[nn.Module, str]]:
+    """The calls of some modules in a pass, in order, and for each the name of the batch norm that takes its output.
+
+    `forward` runs the pass. A batch norm that is called more than once belongs to none.
+    """
+    norms = {module: name for name, module in model.named_modules() if holds_statistics(module)}
+    outputs: list[tuple[nn.Module, Any]] = []
+    takers: dict[nn.Module, list[nn.Module | None]] = {}
+
+    def taken(module: nn.Module, args: tuple[Any, ...]) -> None:
+        giver = next((one for one, output in outputs if args and args[0] is output), None)
+        takers.setdefault(module, []).append(giver)
+
+    handles = [one.register_forward_hook(lambda m, args, out: outputs.append((m, out))) for one in modules]
+    handles += [norm.register_forward_pre_hook(taken) for norm in norms]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    followers = {
+        givers[0]: norms[norm] for norm, givers in takers.items() if len(givers) == 1 and givers[0] is not None
+    }
+    return [module for module, _ in outputs], followers
 
 
 def apply_plan(

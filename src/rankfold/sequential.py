@@ -6,7 +6,8 @@ al., arXiv 1505.06798, section 2.4): T minimises E‖W x − T x̃‖², and wit
 
     E‖W x − Ŵ x̃‖² = E‖(T − Ŵ) x̃‖² + constant,   T = (C + λ W) (S + λ)⁻¹.
 
-So it is a fit of T in the metric S; the ridge λ leaves directions that the inputs hardly have as they are in W. Where
+So it is a fit of T in the metric S. The ridge λ leaves directions that the inputs hardly have as they are in W; it is
+chosen so that what one half of the examples says is least wrong on the other. Where
 the mean of the outputs can be set afterwards, by a bias or a batch norm, all moments are those about the mean, and it
 is. A batch norm gets the change that compression made to the mean and variance of its inputs, not statistics measured
 anew: so nothing is lost where calibration inputs differ from those of training.
@@ -14,7 +15,8 @@ anew: so nothing is lost where calibration inputs differ from those of training.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -34,13 +36,13 @@ from rankfold.layers import (
     weights_of_stages,
 )
 from rankfold.metric import IDENTITY, Moment
-from rankfold.network import Inputs, holds_statistics
+from rankfold.network import Inputs, traced
 from rankfold.plan import LayerPlan, Plan
 from rankfold.progress import Progress, silent
 from rankfold.wiring import LayerShape, Wiring
 
-RIDGE = 1e-3
-"""λ as a share of the mean square of the inputs."""
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e3)
+"""λ as a share of the mean square of the inputs: the one that two-fold cross-validation over examples prefers."""
 LARGEST_CHANGE = 16.0
 """Most by which the variance that a batch norm holds is multiplied or divided."""
 
@@ -79,14 +81,14 @@ def refit_(
     places = _in_order(model, plan, batches)
     for done, place in enumerate(places):
         progress("fitting in forward order", done, len(places))
-        pairs = _collected(student, model, place, batches)
+        halves = _collected(student, model, place, batches)
         module, stages = (one.get_submodule(place.layer.name) for one in (model, student))
         wiring = wiring_of(cast(str, place.layer.decomposition), shape_of(module))
-        found = _fitted(module, stages, wiring, place, pairs)
+        found = _fitted(module, stages, wiring, place, halves)
         weight, moment = weight_of(module).double(), (moments or {}).get(place.layer.name, IDENTITY)
         errors[place.layer.name] = metric_error(weight, wiring, found, moment)
         if place.calls == 1:
-            _recentre_(student, model, place, pairs, reconstruct(wiring, found))
+            _recentre_(student, model, place, halves[0] + halves[1], reconstruct(wiring, found))
     progress("fitting in forward order", len(places), len(places))
     return plan.with_layers(tuple(replace(one, error=errors.get(one.name, one.error)) for one in plan.layers))
 
@@ -102,18 +104,20 @@ class _Pairs:
         self.output_sum = torch.zeros(layer.groups, layer.outputs, dtype=torch.float64)
         self.output_squares = torch.zeros_like(self.output_sum)
 
-    def add(self, module: nn.Module, output: Tensor, x: Tensor) -> None:
-        """Adds what the original's `module` gave, and what the student's was given in its place."""
-        rows = _rows(module, output)
+    def add(self, rows: Tensor, patches: Tensor) -> None:
+        """Adds outputs (g, positions, o) and the patches (g, positions, n) in their place."""
+        self.inputs.add(patches)
+        self.input_sum += patches.sum(1, dtype=torch.float64).cpu()
+        self.cross += (rows.mT @ patches).double().cpu()
         self.output_sum += rows.sum(1, dtype=torch.float64).cpu()
         self.output_squares += rows.double().square().sum(1).cpu()
-        start = 0
-        for part in patches_of(module, x):
-            patches = part.to(rows.dtype)
-            self.inputs.add(patches)
-            self.input_sum += patches.sum(1, dtype=torch.float64).cpu()
-            self.cross += (rows[:, start : start + patches.shape[1]].mT @ patches).double().cpu()
-            start += patches.shape[1]
+
+    def __add__(self, other: _Pairs) -> _Pairs:
+        """The sums over the pairs of both."""
+        total = copy.copy(self)
+        for name in ("inputs", "cross", "input_sum", "output_sum", "output_squares"):
+            setattr(total, name, getattr(self, name) + getattr(other, name))
+        return total
 
     @property
     def input_mean(self) -> Float64[Tensor, "g n"]:
@@ -130,6 +134,16 @@ class _Pairs:
         """Var[W x]."""
         return (self.output_squares / self.inputs.positions - self.output_mean.square()).clamp_min(0)
 
+    def moments(self, centred: bool, bias: Tensor | None) -> tuple[Float64[Tensor, "g n n"], Float64[Tensor, "g o n"]]:
+        """S and C of the module's head, about the means or, without the layer's bias, about zero."""
+        square, cross = cast(Tensor, self.inputs.moment().joint), self.cross / self.inputs.positions
+        if centred:
+            mean = self.input_mean
+            return square - _outer(mean, mean), cross - _outer(self.output_mean, mean)
+        if bias is not None:
+            cross = cross - _outer(bias.detach().double().cpu().reshape(len(cross), -1), self.input_mean)
+        return square, cross
+
 
 class _Reached(BaseException):
     """Ends a pass behind the layer that it was made for; not an Exception, so that no model catches it."""
@@ -138,39 +152,29 @@ class _Reached(BaseException):
 def _in_order(model: nn.Module, plan: Plan, batches: Iterable[Inputs]) -> list[_Place]:
     """The decomposed layers that are called, in the order of their first call."""
     owners = {model.get_submodule(path): layer for layer in plan.decomposed for path in (layer.name, *layer.aliases)}
-    norms: dict[nn.Module, str] = {module: name for name, module in model.named_modules() if holds_statistics(module)}
+    order, followers = traced(model, owners, lambda: forward_batch(model, next(iter(batches)), 0))
     calls: dict[LayerPlan, int] = {}
-    outputs: list[tuple[LayerPlan, Tensor]] = []
-    takers: dict[str, list[LayerPlan | None]] = {}
-
-    def called(module: nn.Module, args: Any, output: Tensor) -> None:
+    for module in order:
         calls[owners[module]] = calls.get(owners[module], 0) + 1
-        outputs.append((owners[module], output))
-
-    def taken(module: nn.Module, args: tuple[Any, ...]) -> None:
-        giver = next((layer for layer, output in outputs if args and args[0] is output), None)
-        takers.setdefault(norms[module], []).append(giver)
-
-    handles = [module.register_forward_hook(called) for module in owners]
-    handles += [module.register_forward_pre_hook(taken) for module in norms]
-    try:
-        forward_batch(model, next(iter(batches)), 0)
-    finally:
-        for handle in handles:
-            handle.remove()
-    followers = {givers[0]: name for name, givers in takers.items() if len(givers) == 1}
-    return [_Place(layer, count, followers.get(layer)) for layer, count in calls.items()]
+    norms = {owners[module]: norm for module, norm in followers.items()}
+    return [_Place(layer, count, norms.get(layer)) for layer, count in calls.items()]
 
 
-def _collected(student: nn.Module, model: nn.Module, place: _Place, batches: Iterable[Inputs]) -> _Pairs:
-    """The sums of a place over all batches."""
+def _collected(student: nn.Module, model: nn.Module, place: _Place, batches: Iterable[Inputs]) -> tuple[_Pairs, _Pairs]:
+    """The sums of a place over two halves of the examples."""
     module = model.get_submodule(place.layer.name)
-    pairs = _Pairs(shape_of(module))
+    halves = _Pairs(shape_of(module)), _Pairs(shape_of(module))
     for number, batch in enumerate(batches):
         given = _seen(model, place, batch, number)
         for (_, output), (x, _) in zip(given, _seen(student, place, batch, number), strict=True):
-            pairs.add(module, output, x)
-    return pairs
+            rows, start = _rows(module, output), 0
+            for part in patches_of(module, x):
+                middle, end = start + part.shape[1] // 2, start + part.shape[1]
+                patches = part.to(rows.dtype)
+                halves[0].add(rows[:, start:middle], patches[:, : middle - start])
+                halves[1].add(rows[:, middle:end], patches[:, middle - start :])
+                start = end
+    return halves
 
 
 def _seen(model: nn.Module, place: _Place, batch: Inputs, number: int) -> list[tuple[Tensor, Tensor]]:
@@ -198,35 +202,48 @@ def _seen(model: nn.Module, place: _Place, batch: Inputs, number: int) -> list[t
     return seen
 
 
-def _fitted(module: nn.Module, stages: nn.Module, wiring: Wiring, place: _Place, pairs: _Pairs) -> Factors:
+def _fitted(
+    module: nn.Module, stages: nn.Module, wiring: Wiring, place: _Place, halves: tuple[_Pairs, _Pairs]
+) -> Factors:
     """The factors fitted to the sums and written into the stages; as they are stored there, in float64."""
-    weight = weight_of(module).double()
-    moment, bias = pairs.inputs.moment(), cast("Tensor | None", module.bias)
+    weight, bias, pairs = weight_of(module).double().cpu(), cast("Tensor | None", module.bias), halves[0] + halves[1]
     start = tuple(one.detach().double().cpu() for one in stage_factors(stages, module, wiring, place.layer.ranks))
-    if moment.joint is not None and float(moment.joint.diagonal(dim1=-2, dim2=-1).sum()) > 0:
-        square, cross = moment.joint, pairs.cross / pairs.inputs.positions
-        if place.calls == 1 and (bias is not None or place.norm):
-            square = square - _outer(pairs.input_mean, pairs.input_mean)
-            cross = cross - _outer(pairs.output_mean, pairs.input_mean)
-        elif bias is not None:
-            cross = cross - _outer(bias.detach().double().cpu().reshape(len(cross), -1), pairs.input_mean)
-        target = _regressed(weight.cpu(), square, cross)
-        fitted = refine(target, wiring, start, Moment(joint=square))
+    if pairs.inputs.joint is not None and bool(pairs.inputs.joint.any()):
+        centred = place.calls == 1 and (bias is not None or place.norm is not None)
+        ridge = _best_ridge(weight, *(half.moments(centred, bias) for half in halves))
+        square, cross = pairs.moments(centred, bias)
+        target = _regressed(weight, square, cross, [ridge])[0]
+        fitted = refine(target, wiring, start, Moment(joint=square, positions=pairs.inputs.positions).shrunk())
         with torch.no_grad():
             for held, new in zip(weights_of_stages(stages), stage_weights(module, wiring, fitted), strict=True):
                 held.copy_(new)
     stored = stage_factors(stages, module, wiring, place.layer.ranks)
-    return tuple(one.detach().to(weight) for one in stored)
+    return tuple(one.detach().to(weight_of(module).double()) for one in stored)
+
+
+def _best_ridge(weight: Tensor, *halves: tuple[Tensor, Tensor]) -> float:
+    """The ridge with which what is fitted to one half of the examples is least wrong on the other."""
+    errors = torch.zeros(len(RIDGES), dtype=torch.float64)
+    for (square, cross), (other, crossed) in (halves, halves[::-1]):
+        for k, target in enumerate(_regressed(weight, square, cross, RIDGES)):
+            matrix = target.flatten(2)
+            errors[k] += ((matrix @ other - 2 * crossed) * matrix).sum()
+    return RIDGES[int(errors.argmin())]
 
 
 def _regressed(
-    weight: Float64[Tensor, "g o i *taps"], square: Float64[Tensor, "g n n"], cross: Float64[Tensor, "g o n"]
-) -> Float64[Tensor, "g o i *taps"]:
-    """T of the module's head, with its ridge."""
-    ridge = RIDGE * square.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(1e-300)
-    held = square + ridge * torch.eye(square.shape[-1], dtype=square.dtype)
-    found = torch.linalg.solve(held, (cross + ridge * weight.flatten(2)).mT).mT
-    return found.reshape(weight.shape)
+    weight: Float64[Tensor, "g o i *taps"],
+    square: Float64[Tensor, "g n n"],
+    cross: Float64[Tensor, "g o n"],
+    ridges: Sequence[float],
+) -> list[Float64[Tensor, "g o i *taps"]]:
+    """T of the module's head for each ridge, a share of the mean square of the inputs."""
+    values, vectors = torch.linalg.eigh(square)
+    mean = values.mean(-1).clamp_min(1e-300)[:, None, None]
+    cross, flat = cross @ vectors, weight.flatten(2) @ vectors
+    values = values.clamp_min(0)[:, None]
+    found = ((cross + share * mean * flat) / (values + share * mean) for share in ridges)
+    return [(one @ vectors.mT).reshape(weight.shape) for one in found]
 
 
 def _recentre_(student: nn.Module, model: nn.Module, place: _Place, pairs: _Pairs, weight: Tensor) -> None:

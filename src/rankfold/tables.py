@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rankfold.analysis import Analysis
     from rankfold.comparison import Comparison, Side
     from rankfold.demo import Row
+    from rankfold.export import Exported
+    from rankfold.finetuning import FineTuning
     from rankfold.pipeline import Result
 
 
@@ -119,6 +121,31 @@ def comparison(report: Comparison) -> RenderableType:
     table.add_row("latency ms", *_latencies(original, compressed))
     notes = f"{report.examples:,} examples; latency: median of a batch of one, in turns; normalisation: "
     return Group(table, Text(notes + report.normalisation.source, "dim"))
+
+
+def fine_tuning(found: FineTuning) -> RenderableType:
+    """A fine-tuning as a table: a column for the original, the compressed and the fine-tuned network."""
+    table = _table("", ">original", ">compressed", ">fine-tuned")
+    for name, scores in (("held-out top-1 %", found.held_out), ("test top-1 %", found.test)):
+        if scores:
+            table.add_row(name, *(f"{score:.2f}" for score in scores))
+    for unit in UNITS:
+        was, now = getattr(found.plan.before, unit), getattr(found.plan.after, unit)
+        table.add_row(unit, f"{was:,}", f"{now:,}", f"{now:,}")
+    table.add_row("latency ms", *(f"{one:.2f}" for one in found.latencies_ms))
+    last = found.epochs[-1]
+    told = f"{len(found.epochs)} epochs, loss {found.epochs[0].loss:.4g} → {last.loss:.4g}, precision {found.precision}"
+    return Group(table, Text(told, "dim"), Text(f"{found.out}  ({found.seconds:.0f} s)"))
+
+
+def exported(found: Exported) -> RenderableType:
+    """An exported file, and how to run it."""
+    told = f"{found.folded} batch norms folded; outputs differ by {found.difference:.1g} of the largest"
+    return Group(
+        Text(f"{found.path}  ({count(found.bytes)}B)"),
+        Text(told, "dim"),
+        Text(f'torch.export.load("{found.path}").module()'),
+    )
 
 
 def demo_row_dict(row: Row) -> dict[str, Any]:

@@ -44,12 +44,16 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Trained:
-    """The fine-tuned network, its history, and how it was trained; `precision` is the one that was taken."""
+    """The fine-tuned network, its history, the precision that was taken, and the step an earlier run had come to.
+
+    `main` says whether this process is the one that is to write and report, of those that trained together.
+    """
 
     model: nn.Module
     epochs: tuple[Epoch, ...]
     precision: str
     resumed_at: int = 0
+    main: bool = True
 
 
 @dataclass
@@ -95,7 +99,7 @@ def fine_tune(
     began = run.state.step
     with torch.random.fork_rng(), Log(log if run.main else None, began) as lines:
         run.train(held_out, checkpoint if run.main else None, lines, progress)
-    return Trained(run.result(), tuple(run.state.epochs), run.precision, began)
+    return Trained(run.result(), tuple(run.state.epochs), run.precision, began, run.main)
 
 
 def split(data: Dataset, held_out: int, seed: int = 0) -> tuple[Dataset, Dataset]:

@@ -1,0 +1,90 @@
+"""ResNet-20 on CIFAR-10, compressed and fine-tuned: top-1 on the 9,980 test images, read once, at the end.
+
+Compressed with cp3 and calibrated on 512 training images without their labels, then fine-tuned on 45,000 of the 50,000;
+the other 5,000 are held out. A run that was interrupted goes on from its checkpoint when started again. `--case` names
+the budget, `--work` the folder for the models; `--epochs` and `--rate` as in `rankfold finetune`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from common import RESULTS, network, parser, record, require_data, unlabelled, write
+
+from rankfold import Budget, compress, save
+from rankfold.artifact import digest
+from rankfold.finetuning import fine_tune_saved
+from rankfold.training import Losses, Training
+
+CASES = {
+    "tt": Budget(macs=0.296, params=0.277),
+    "cp": Budget(macs=0.266, params=0.224),
+    "fifth": Budget(macs=0.2, params=0.2),
+}
+"""The sizes that arXiv 2409.03555 reports for its TT and its CP, and a fifth of both."""
+
+
+def main() -> None:
+    """Compresses, fine-tunes, records."""
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--case", choices=CASES, required=True)
+    arguments.add_argument("--work", type=Path, required=True, help="folder for the compressed and fine-tuned models")
+    arguments.add_argument("--epochs", type=int, default=30)
+    arguments.add_argument("--rate", type=float, default=0.02)
+    arguments.add_argument("--decomposition", default="cp3")
+    given = arguments.parse_args()
+    folder = require_data(given)
+    label = f"{given.decomposition}-{given.case}"
+    small, tuned = given.work / label, given.work / f"{label}-{given.epochs}-{given.rate}"
+    if not small.exists():
+        source, _ = network(folder, "cifar10_resnet20", "cifar10_resnet20", "cifar10/test.npz")
+        images = unlabelled(folder, source, "cifar10/train.npz")
+        example, budget = torch.zeros(1, 3, 32, 32), CASES[given.case]
+        result = compress(source.model, example, decomposition=given.decomposition, budget=budget, calibration=images)
+        weights = folder / "weights" / "cifar10_resnet20.safetensors"
+        origin = {"model": "zoo:cifar10_resnet20", "input_shape": [3, 32, 32], "seed": 0}
+        save(result, small, source={**origin, "weights": str(weights), "weights_sha256": digest(weights)})
+    training = Training(epochs=given.epochs, rate=given.rate, augment="cifar")
+    found = fine_tune_saved(
+        small,
+        f"npz:{folder / 'cifar10' / 'train.npz'}",
+        tuned,
+        training=training,
+        losses=Losses(),
+        test=f"npz:{folder / 'cifar10' / 'test.npz'}",
+        resume=(given.work / f"{tuned.name}.training" / "checkpoint.safetensors").exists(),
+        progress=_printed,
+    )
+    kept = found.plan.after.kept(found.plan.before)
+    one = record(
+        case=given.case,
+        decomposition=given.decomposition,
+        epochs=given.epochs,
+        rate=given.rate,
+        macs_kept=round(kept["macs"], 4),
+        params_kept=round(kept["params"], 4),
+        base_top1=round(found.test[0], 2),
+        compressed_top1=round(found.test[1], 2),
+        top1=round(found.test[2], 2),
+        held_out_top1=[round(epoch.top1 or 0.0, 2) for epoch in found.epochs],
+        seconds_per_epoch=round(sum(epoch.seconds for epoch in found.epochs) / len(found.epochs), 1),
+        precision=found.precision,
+        data="CIFAR-10 test",
+        examples=9980,
+    )
+    earlier = sorted(RESULTS.glob("finetune-*.json"))
+    kept_records = json.loads(earlier[-1].read_text()) if earlier else []
+    key = ("case", "decomposition", "epochs", "rate")
+    write([*(old for old in kept_records if any(old[name] != one[name] for name in key)), one])
+
+
+def _printed(what: str, done: int, total: int, note: str = "", /) -> None:
+    """Progress, a line per hundred steps."""
+    if what == "fine-tuning" and done % 100 == 0:
+        print(done, total, note, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""The commands that look at a network and compress it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from rankfold import tables
+from rankfold.cli.options import (
+    Decompositions,
+    Exclude,
+    Include,
+    InputShape,
+    Json,
+    Model,
+    Seed,
+    Weights,
+    examples,
+    open_model,
+    print_json,
+    progress_bars,
+)
+from rankfold.errors import BudgetError, DataError, ModelError
+
+if TYPE_CHECKING:
+    from rankfold.models import Source
+    from rankfold.search import Search
+
+OBJECTIVES = ("reconstruction", "divergence", "validation")
+
+
+def analyze(
+    model: Model,
+    weights: Weights = None,
+    input_shape: InputShape = None,
+    decomposition: Decompositions = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Show every layer, what it costs, and what each decomposition could save on it."""
+    from rankfold.analysis import analyze as run_analysis
+
+    source, example, _ = open_model(model, weights, input_shape, seed)
+    with progress_bars(as_json) as progress:
+        report = run_analysis(
+            source.model,
+            example,
+            decomposition=_decompositions(decomposition or ["auto"]),
+            include=include or None,
+            exclude=exclude or (),
+            progress=progress,
+        )
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        Console().print(tables.analysis(report))
+
+
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Directory to write plan.json, model.safetensors and metrics.json to.")],
+    budget: Annotated[
+        list[str],
+        typer.Option(
+            "--budget",
+            "-b",
+            help="UNIT=LIMIT: macs=0.5, params=300k, bytes=12MB (repeatable); or error=0.05, the mean squared relative "
+            "error of the layers, for the cheapest plan (minimise=UNIT, default macs).",
+        ),
+    ],
+    weights: Weights = None,
+    input_shape: InputShape = None,
+    decomposition: Decompositions = None,
+    search: Annotated[
+        str, typer.Option(help="How ranks are found: exact, rene, greedy, evbmf, energy or uniform.")
+    ] = "exact",
+    objective: Annotated[
+        str, typer.Option(help="What rene lowers: reconstruction, divergence (from the original) or validation.")
+    ] = "reconstruction",
+    data: Annotated[
+        str | None, typer.Option(help="Inputs for the objective: npz:PATH, imagefolder:DIR or module:factory.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many of them are used, evenly spaced.")] = 512,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="Inputs by whose outputs errors are measured: none, for errors of the weights; synthetic, made from "
+            "the network; npz:PATH, imagefolder:DIR or module:factory, labels ignored; auto, synthetic where it helps."
+        ),
+    ] = "auto",
+    calibration_samples: Annotated[
+        int | None, typer.Option(min=1, help="How many inputs, evenly spaced; default 512, fewer made of large ones.")
+    ] = None,
+    sequential: Annotated[
+        bool,
+        typer.Option(help="Fit layers once more, in forward order, to the original's outputs from compressed inputs."),
+    ] = True,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="File that rene keeps its state in, and goes on from when started again.")
+    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Make a smaller model within a budget, and save it."""
+    from rankfold.artifact import check_target, digest, save
+    from rankfold.budget import Budget
+    from rankfold.pipeline import compress as run_compression
+
+    limits = Budget.parse(budget)
+    check_target(out)
+    source, example, shape = open_model(model, weights, input_shape, seed)
+    finder = _search(search, objective, source, shape, data=data, samples=samples, checkpoint=checkpoint)
+    with progress_bars(as_json) as progress:
+        result = run_compression(
+            source.model,
+            example,
+            decomposition=_decompositions(decomposition or ["tucker"]),
+            budget=limits,
+            search=finder,
+            calibration=_calibration(calibration, calibration_samples, source, shape),
+            calibration_samples=calibration_samples,
+            sequential=sequential,
+            include=include or None,
+            exclude=exclude or (),
+            progress=progress,
+        )
+    origin: dict[str, Any] = {"model": model, "input_shape": list(shape), "seed": seed}
+    if weights:
+        origin |= {"weights": str(weights.absolute()), "weights_sha256": digest(weights)}
+    path = save(result, out, source=origin)
+    if as_json:
+        print_json(tables.compression_dict(result, path))
+    else:
+        Console().print(tables.compression(result, path))
+
+
+def _calibration(spec: str, samples: int | None, source: Source, shape: tuple[int, ...]) -> str | list[Any]:
+    """What `compress` is to calibrate on: a way to make inputs, by name, or batches of data."""
+    from rankfold.synthetic import SAMPLES
+
+    if spec in ("auto", "none", "synthetic"):
+        return spec
+    return [x for x, _ in examples(spec, samples or SAMPLES, source, shape)]
+
+
+def _search(
+    name: str,
+    objective: str,
+    source: Source,
+    shape: tuple[int, ...],
+    *,
+    data: str | None,
+    samples: int,
+    checkpoint: Path | None,
+) -> str | Search:
+    """The search that the options of compress describe."""
+    from rankfold.errors import UnknownNameError
+    from rankfold.objectives import Divergence, Validation
+    from rankfold.search import Rene
+
+    if objective not in OBJECTIVES:
+        raise UnknownNameError("objective", objective, OBJECTIVES)
+    if name != "rene":
+        if objective != OBJECTIVES[0] or checkpoint:
+            raise BudgetError(f"--objective and --checkpoint are for --search rene, not {name}")
+        return name
+    if objective == OBJECTIVES[0]:
+        if data is not None:
+            raise BudgetError("--data is for --objective divergence or validation")
+        return Rene(checkpoint=checkpoint)
+    if data is None:
+        raise DataError(f"--objective {objective} needs inputs; give them with --data, for example npz:train.npz")
+    pairs = list(examples(data, samples, source, shape))
+    if objective == "validation":
+        return Rene(objective=Validation(source.model, pairs), checkpoint=checkpoint)
+    return Rene(objective=Divergence(source.model, [x for x, _ in pairs]), checkpoint=checkpoint)
+
+
+def _decompositions(given: Sequence[str]) -> Any:
+    """What --decomposition says: a name, several, or a mapping from patterns."""
+    if any("=" in text for text in given):
+        pairs = [text.partition("=") for text in given]
+        bare = [text for text, separator, _ in pairs if not separator]
+        if bare:
+            raise ModelError(f"--decomposition {bare[0]!r} has no pattern, others have; write '*={bare[0]}' last")
+        return {pattern: _split(names) for pattern, _, names in pairs}
+    return _split(",".join(given))
+
+
+def _split(names: str) -> str | list[str]:
+    parts = [part.strip() for part in names.split(",") if part.strip()]
+    return parts[0] if len(parts) == 1 else parts

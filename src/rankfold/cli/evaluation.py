@@ -1,0 +1,56 @@
+"""The commands that show what a compressed network is worth."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from rankfold import tables
+from rankfold.cli.options import Json, numbers, print_json, progress_bars
+
+
+def evaluate(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that compress wrote.")],
+    data: Annotated[str, typer.Option(help="npz:PATH (arrays x and y), imagefolder:DIR or module:factory.")],
+    original: Annotated[bool, typer.Option("--original", help="Score the original network as well.")] = False,
+    weights: Annotated[Path | None, typer.Option(help="The original's weights, if they have moved.")] = None,
+    mean: Annotated[str | None, typer.Option(help="Mean per channel of inputs in [0, 1]: 0.5,0.5,0.5.")] = None,
+    std: Annotated[str | None, typer.Option(help="Standard deviation per channel of inputs in [0, 1].")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Inputs per batch.")] = 250,
+    as_json: Json = False,
+) -> None:
+    """Score a compressed model on labelled data, and time it against its original in one run."""
+    from rankfold.comparison import compare
+
+    with progress_bars(as_json) as progress:
+        report = compare(
+            directory,
+            data,
+            original=original,
+            weights=weights,
+            mean=numbers(mean, "mean"),
+            std=numbers(std, "std"),
+            batch_size=batch_size,
+            progress=progress,
+        )
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        Console().print(tables.comparison(report))
+
+
+def demo(as_json: Json = False) -> None:
+    """Compress the embedded digits network at several budgets, and show what becomes of it."""
+    from rankfold.demo import demonstrate
+
+    start = time.perf_counter()
+    with progress_bars(as_json) as progress:
+        rows = demonstrate(progress)
+    if as_json:
+        print_json({"rows": [tables.demo_row_dict(row) for row in rows], "seconds": time.perf_counter() - start})
+    else:
+        Console().print(tables.demo(rows, time.perf_counter() - start))

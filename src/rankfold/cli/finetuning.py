@@ -1,0 +1,105 @@
+"""The commands that fine-tune a compressed network and make the last file of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from rankfold import tables
+from rankfold.cli.options import Json, print_json, progress_bars
+from rankfold.errors import TrainingError
+
+
+def finetune(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that compress or finetune wrote.")],
+    data: Annotated[str, typer.Option(help="Training data: npz:PATH, imagefolder:DIR or module:factory.")],
+    out: Annotated[Path, typer.Option(help="Directory for the result; OUT.training holds the checkpoint and the log.")],
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 30,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per step, of all processes together.")] = 128,
+    optimiser: Annotated[str, typer.Option(help="sgd or adamw.")] = "sgd",
+    rate: Annotated[float, typer.Option(help="Learning rate after the warm-up; falls to zero along a cosine.")] = 0.02,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of everything but biases and norms.")] = 5e-4,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 for none.")] = 5.0,
+    ema: Annotated[
+        float, typer.Option(help="Decay per step of an average of the weights, such as 0.999; 0: none.")
+    ] = 0.0,
+    augment: Annotated[
+        str, typer.Option(help="none, cifar (crop and mirror) or imagenet (random resized crop).")
+    ] = "none",
+    precision: Annotated[str, typer.Option(help="auto, no or bf16.")] = "auto",
+    task: Annotated[float, typer.Option(help="Weight of the loss on labels.")] = 1.0,
+    logits: Annotated[float, typer.Option(help="Weight of the distance from the teacher's softened outputs.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Temperature they are softened at.")] = 4.0,
+    layer_weights: Annotated[float, typer.Option(help="Weight of the distances between layers' weights.")] = 0.0,
+    layer_outputs: Annotated[float, typer.Option(help="Weight of the distances between layers' outputs.")] = 0.0,
+    reduction: Annotated[str, typer.Option(help="mean or sum, of the two distances by layer.")] = "mean",
+    labels: Annotated[bool, typer.Option(help="Use labels; without, the teacher alone.")] = True,
+    held_out: Annotated[int | None, typer.Option(min=1, help="Examples never trained on; default a tenth.")] = None,
+    test: Annotated[str | None, typer.Option(help="Test data, read once, at the end.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Another teacher, as a MODEL; default: the original.")] = None,
+    teacher_weights: Annotated[Path | None, typer.Option(help="The other teacher's weights.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="The original's weights, if they have moved.")] = None,
+    minutes: Annotated[float, typer.Option(help="How old a checkpoint may be, besides that of every epoch.")] = 10.0,
+    seed: Annotated[int, typer.Option(help="Seed of the order, the augmentation and what is held out.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in OUT.training.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Recover accuracy by training on data, taught by the original network."""
+    from rankfold.finetuning import fine_tune_saved
+    from rankfold.training import Losses, Training
+
+    if (teacher is None) != (teacher_weights is None):
+        raise TrainingError("--teacher and --teacher-weights go together; give both, or neither for the original")
+    training = Training(
+        epochs=epochs,
+        batch_size=batch_size,
+        optimiser=optimiser,
+        rate=rate,
+        weight_decay=weight_decay,
+        clip=clip,
+        ema=ema,
+        augment=augment,
+        precision=precision,
+        minutes=minutes,
+        seed=seed,
+    )
+    losses = Losses(task, logits, temperature, layer_weights, layer_outputs, reduction)
+    with progress_bars(as_json) as progress:
+        found = fine_tune_saved(
+            directory,
+            data,
+            out,
+            training=training,
+            losses=losses,
+            labels=labels,
+            held_out=held_out,
+            test=test,
+            teacher=(teacher, teacher_weights) if teacher and teacher_weights else None,
+            weights=weights,
+            resume=resume,
+            progress=progress,
+        )
+    if not found.main:
+        return
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        Console().print(tables.fine_tuning(found))
+
+
+def finalize(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that compress or finetune wrote.")],
+    out: Annotated[Path, typer.Option(help="File for the deployable model, ending in .pt2.")],
+    as_json: Json = False,
+) -> None:
+    """Fold batch norms and write one file that torch.export.load runs, without rankfold."""
+    from rankfold.export import finalize as write_program
+
+    found = write_program(directory, out)
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        Console().print(tables.exported(found))

@@ -1,0 +1,117 @@
+"""Options that several commands have, and how they are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from rankfold.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from rankfold.models import Source
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="zoo:NAME, timm:NAME, torchvision:NAME, hf:NAME, package.module:factory or path/to/file.py:factory",
+    ),
+]
+Weights = Annotated[Path | None, typer.Option(help="The network's weights: .safetensors, or a .pt/.pth state dict.")]
+InputShape = Annotated[
+    str | None, typer.Option(help="Shape of one input, such as 3,32,32; default: the model's own, where it is known.")
+]
+Decompositions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--decomposition",
+        "-d",
+        help="svd, spatial, tucker, tt, cp, cp3, ring; several with commas, or auto, for the best per layer; "
+        "PATTERN=NAME for the layers a glob matches (repeatable).",
+    ),
+]
+Include = Annotated[list[str] | None, typer.Option(help="Glob of layers to consider (repeatable); default: all.")]
+Exclude = Annotated[list[str] | None, typer.Option(help="Glob of layers to leave alone (repeatable).")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, and nothing else.")]
+Seed = Annotated[int, typer.Option(help="Seed of the initial weights, where no weights are given.")]
+
+_BATCH = 128
+
+
+def open_model(
+    spec: str, weights: Path | None, input_shape: str | None, seed: int
+) -> tuple[Source, Any, tuple[int, ...]]:
+    """The network with its weights, an example batch of one, and the shape of one input."""
+    from rankfold.models import build_model, load_weights_
+
+    source = build_model(spec, seed=seed)
+    if weights:
+        load_weights_(source.model, weights)
+    shape = read_shape(input_shape) if input_shape else source.input_shape
+    if shape is None:
+        raise ModelError(f"{spec} does not say what inputs it takes; give --input-shape, for example 3,224,224")
+    return source, source.example(shape), shape
+
+
+def examples(spec: str, samples: int, source: Source, shape: tuple[int, ...]) -> Iterator[tuple[Any, Any]]:
+    """Batches of evenly spaced examples with their labels."""
+    from rankfold.data import open_dataset
+
+    examples = open_dataset(spec, shape, source.normalised_by(shape[0])).sample(samples)
+    for start in range(0, len(examples), _BATCH):
+        yield examples.batch(start, start + _BATCH)
+
+
+def read_shape(text: str) -> tuple[int, ...]:
+    """The shape of one input, from text such as 3,32,32."""
+    try:
+        shape = tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise ModelError(f"--input-shape {text!r} is not a list of positive sizes such as 3,32,32")
+    return shape
+
+
+def numbers(text: str | None, name: str) -> tuple[float, ...] | None:
+    """The numbers of an option called `name`, from text such as 0.5,0.5,0.5; None where it is not given."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise DataError(f"--{name} {text!r} is not a list of numbers such as 0.5,0.5,0.5") from None
+
+
+@contextmanager
+def progress_bars(quiet: bool) -> Iterator[Any]:
+    """A progress callback that draws one bar per activity on standard error, and takes them away at the end."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    tasks: dict[str, Any] = {}
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bars:
+
+        def report(what: str, done: int, total: int, note: str = "", /) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], description=f"{what} ({note})" if note else what, completed=done, total=total)
+
+        yield report
+
+
+def print_json(content: Any) -> None:
+    """One JSON object on standard output."""
+    print(json.dumps(content, indent=2, ensure_ascii=False))

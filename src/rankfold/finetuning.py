@@ -1,0 +1,159 @@
+"""From one saved model to a better one: fine-tuning of a directory that `compress` wrote, taught by its original."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rankfold.artifact import check_target, load, load_plan, save
+from rankfold.comparison import load_original_, rebuild
+from rankfold.data import open_dataset
+from rankfold.decompositions import relative_error, wiring_of
+from rankfold.evaluation import accuracy, latency
+from rankfold.layers import shape_of, stage_factors, weight_of
+from rankfold.models import Source, build_model, load_weights_
+from rankfold.pipeline import Result
+from rankfold.plan import LayerPlan, Plan
+from rankfold.progress import Progress, silent
+from rankfold.training import Epoch, Losses, Training, fine_tune, split
+
+STAGES = ("original", "compressed", "fine-tuned")
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """What became of a model: top-1 in percent on held-out training data, and on test data where they were given.
+
+    Accuracies and latencies (median milliseconds of a batch of one, in turns) are those of `STAGES`, in this order;
+    accuracies are empty where there are no labels. `main` is false in processes that only help.
+    """
+
+    plan: Plan
+    held_out: tuple[float, ...]
+    test: tuple[float, ...]
+    latencies_ms: tuple[float, ...]
+    epochs: tuple[Epoch, ...]
+    precision: str
+    seconds: float
+    out: Path
+    main: bool = True
+
+    def as_dict(self) -> dict[str, Any]:
+        """The outcome in JSON's types."""
+        return {
+            "held_out_top1": dict(zip(STAGES, self.held_out, strict=False)),
+            "test_top1": dict(zip(STAGES, self.test, strict=False)),
+            "latency_ms": dict(zip(STAGES, self.latencies_ms, strict=True)),
+            "before": vars(self.plan.before),
+            "after": vars(self.plan.after),
+            "kept": self.plan.after.kept(self.plan.before),
+            "epochs": [asdict(one) for one in self.epochs],
+            "precision": self.precision,
+            "seconds": self.seconds,
+            "out": str(self.out),
+        }
+
+
+def fine_tune_saved(
+    directory: str | Path,
+    data: str,
+    out: str | Path,
+    *,
+    training: Training | None = None,
+    losses: Losses | None = None,
+    labels: bool = True,
+    held_out: int | None = None,
+    test: str | None = None,
+    teacher: tuple[str, str | Path] | None = None,
+    weights: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> FineTuning:
+    """Fine-tunes the model saved in `directory` on `data` and saves it to `out`; the original is its teacher.
+
+    `held_out` examples of the data, a tenth but at most 5,000 by default, are kept for scores after every epoch and
+    never trained on; `test` is read once, at the end. `teacher` is another teacher, a MODEL and the file of its
+    weights. Beside `out` stands the folder OUT.training with the checkpoint, from which `resume` goes on, and log.csv.
+    """
+    training, losses = training or Training(), losses or Losses()
+    target = Path(out).absolute()
+    check_target(target)
+    start = time.perf_counter()
+    plan = load_plan(directory)
+    source, shape = rebuild(plan, directory)
+    student = load(directory, source.model)
+    load_original_(source.model, plan, weights)
+    normalised = source.normalised_by(shape[0])
+    everything = open_dataset(data, shape, normalised)
+    tested = open_dataset(test, shape, normalised) if test else None
+    trained_on, chosen = split(everything, held_out or max(1, min(5000, len(everything) // 10)), training.seed)
+    work = target.with_name(f"{target.name}.training")
+    trained = fine_tune(
+        student,
+        trained_on,
+        teacher=_teacher(teacher) if teacher else source.model,
+        plan=plan,
+        labels=labels,
+        training=training,
+        losses=losses,
+        held_out=chosen if labels else None,
+        checkpoint=work / "checkpoint.safetensors",
+        resume=resume,
+        log=work / "log.csv",
+        progress=progress,
+    )
+    models = (source.model, student, trained.model)
+    settings = {
+        **plan.settings,
+        "training": {**asdict(training), "precision": trained.precision},
+        "losses": {name: value for name, value in asdict(losses).items() if name != "criterion"},
+        "training_data": data,
+        "training_examples": len(trained_on),
+        "metric": "frobenius, after fine-tuning",
+    }
+    plan = replace(plan, settings=settings, layers=tuple(_measured(layer, *models[::2]) for layer in plan.layers))
+    held, final = (
+        tuple(accuracy(model, part, progress=progress, what=f"scoring on {what}").top1 for model in models)
+        if part is not None and labels and trained.main
+        else ()
+        for part, what in ((chosen, "held-out data"), (tested, "test data"))
+    )
+    times = _latencies(source, shape, models) if trained.main else (0.0,) * len(models)
+    found = FineTuning(
+        plan, held, final, times, trained.epochs, trained.precision, time.perf_counter() - start, target, trained.main
+    )
+    if trained.main:
+        result = Result(trained.model, plan, found.seconds)
+        origin = {name: value for name, value in plan.source.items() if name != "files"}
+        save(result, target, source=origin, metrics={"fine_tuning": found.as_dict()})
+    return found
+
+
+def _teacher(given: tuple[str, str | Path]) -> nn.Module:
+    """Another network, by MODEL and weights."""
+    spec, path = given
+    model = build_model(spec).model
+    load_weights_(model, path)
+    return model
+
+
+def _measured(layer: LayerPlan, original: nn.Module, student: nn.Module) -> LayerPlan:
+    """The plan's entry with the relative squared Frobenius error of the factors as they are now."""
+    if layer.decomposition is None:
+        return layer
+    module = original.get_submodule(layer.name)
+    wiring = wiring_of(layer.decomposition, shape_of(module))
+    factors = stage_factors(student.get_submodule(layer.name), module, wiring, layer.ranks)
+    exact = tuple(factor.detach().double() for factor in factors)
+    return replace(layer, error=relative_error(weight_of(module).double(), wiring, exact))
+
+
+def _latencies(source: Source, shape: tuple[int, ...], models: Sequence[nn.Module]) -> tuple[float, ...]:
+    dtype = next(p.dtype for p in models[-1].parameters() if p.is_floating_point())
+    source.model.to(dtype)
+    return latency(models, source.example(shape))
