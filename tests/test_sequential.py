@@ -133,6 +133,17 @@ def test_layers_called_twice_are_fitted_to_all_their_calls():
     assert torch.equal(student.shared[1].bias, bias)
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_handful_of_single_examples_does_no_harm(count: int):
+    """One position per batch, fewer than dimensions: the target stays near the weight, and everything finite."""
+    torch.manual_seed(0)
+    model, unseen = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8)).eval(), smooth(200, (16,), 5)
+    student, plan = apply_plan(model, planned(model, unseen[:1], budget=0.7))
+    before = distance(model, student, unseen)
+    refit_(student, model, plan, list(smooth(count, (16,), 6).split(1)))
+    assert distance(model, student, unseen) < 3 * before
+
+
 def test_errors_of_the_plan_are_those_of_the_factors(normed: nn.Module):
     x = smooth(64, (3, 8, 8), 7)
     result = compress(normed, x[:1], decomposition="svd", budget=Budget(params=0.4), calibration=[x])

@@ -2,15 +2,15 @@
 
 Once the layers before it are compressed, a layer's inputs are x̃ instead of x. What it should give is still W x, so the
 weight to approximate is no longer W but the best linear map from x̃ to W x (the asymmetric reconstruction of Zhang et
-al., arXiv 1505.06798, section 2.4): T minimises E‖W x − T x̃‖², and with C = E[W x x̃ᵀ], S = E[x̃ x̃ᵀ]
+al., arXiv 1505.06798): T minimises E‖W x − T x̃‖², and with C = E[W x x̃ᵀ], S = E[x̃ x̃ᵀ]
 
     E‖W x − Ŵ x̃‖² = E‖(T − Ŵ) x̃‖² + constant,   T = (C + λ W) (S + λ)⁻¹.
 
 So it is a fit of T in the metric S. The ridge λ leaves directions that the inputs hardly have as they are in W; it is
-chosen so that what one half of the examples says is least wrong on the other. Where
-the mean of the outputs can be set afterwards, by a bias or a batch norm, all moments are those about the mean, and it
-is. A batch norm gets the change that compression made to the mean and variance of its inputs, not statistics measured
-anew: so nothing is lost where calibration inputs differ from those of training.
+chosen so that what one half of the examples says is least wrong on the other. Where the mean of the outputs can be set
+afterwards, by a bias or a batch norm, all moments are those about the mean, and it is. A batch norm gets the change
+that compression made to the mean and variance of its inputs, not statistics measured anew: so nothing is lost where
+calibration inputs differ from those of training.
 """
 
 from __future__ import annotations
@@ -27,14 +27,7 @@ from torch import Tensor, nn
 from rankfold.calibration import MomentSum, forward_batch, patches_of
 from rankfold.decompositions import Factors, metric_error, reconstruct, wiring_of
 from rankfold.decompositions.refine import refine
-from rankfold.layers import (
-    LAYER_KINDS,
-    shape_of,
-    stage_factors,
-    stage_weights,
-    weight_of,
-    weights_of_stages,
-)
+from rankfold.layers import LAYER_KINDS, shape_of, stage_factors, stage_weights, weight_of, weights_of_stages
 from rankfold.metric import IDENTITY, Moment
 from rankfold.network import Inputs, traced
 from rankfold.plan import LayerPlan, Plan
@@ -122,21 +115,21 @@ class _Pairs:
     @property
     def input_mean(self) -> Float64[Tensor, "g n"]:
         """E[x̃]."""
-        return self.input_sum / self.inputs.positions
+        return self.input_sum / max(self.inputs.positions, 1)
 
     @property
     def output_mean(self) -> Float64[Tensor, "g o"]:
         """E[W x], the layer's bias included."""
-        return self.output_sum / self.inputs.positions
+        return self.output_sum / max(self.inputs.positions, 1)
 
     @property
     def output_variance(self) -> Float64[Tensor, "g o"]:
         """Var[W x]."""
-        return (self.output_squares / self.inputs.positions - self.output_mean.square()).clamp_min(0)
+        return (self.output_squares / max(self.inputs.positions, 1) - self.output_mean.square()).clamp_min(0)
 
     def moments(self, centred: bool, bias: Tensor | None) -> tuple[Float64[Tensor, "g n n"], Float64[Tensor, "g o n"]]:
         """S and C of the module's head, about the means or, without the layer's bias, about zero."""
-        square, cross = cast(Tensor, self.inputs.moment().joint), self.cross / self.inputs.positions
+        square, cross = cast(Tensor, self.inputs.moment().joint), self.cross / max(self.inputs.positions, 1)
         if centred:
             mean = self.input_mean
             return square - _outer(mean, mean), cross - _outer(self.output_mean, mean)
@@ -169,7 +162,7 @@ def _collected(student: nn.Module, model: nn.Module, place: _Place, batches: Ite
         for (_, output), (x, _) in zip(given, _seen(student, place, batch, number), strict=True):
             rows, start = _rows(module, output), 0
             for part in patches_of(module, x):
-                middle, end = start + part.shape[1] // 2, start + part.shape[1]
+                middle, end = start + (part.shape[1] + number % 2) // 2, start + part.shape[1]
                 patches = part.to(rows.dtype)
                 halves[0].add(rows[:, start:middle], patches[:, : middle - start])
                 halves[1].add(rows[:, middle:end], patches[:, middle - start :])
@@ -210,7 +203,8 @@ def _fitted(
     start = tuple(one.detach().double().cpu() for one in stage_factors(stages, module, wiring, place.layer.ranks))
     if pairs.inputs.joint is not None and bool(pairs.inputs.joint.any()):
         centred = place.calls == 1 and (bias is not None or place.norm is not None)
-        ridge = _best_ridge(weight, *(half.moments(centred, bias) for half in halves))
+        seen = all(half.inputs.positions > 1 for half in halves)
+        ridge = _best_ridge(weight, *(half.moments(centred, bias) for half in halves)) if seen else RIDGES[-1]
         square, cross = pairs.moments(centred, bias)
         target = _regressed(weight, square, cross, [ridge])[0]
         fitted = refine(target, wiring, start, Moment(joint=square, positions=pairs.inputs.positions).shrunk())
