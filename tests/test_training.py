@@ -20,7 +20,7 @@ from rankfold.data import Dataset, Normalisation
 from rankfold.demo import digits
 from rankfold.evaluation import accuracy
 from rankfold.layers import weight_of
-from rankfold.training import Losses, Trained, Training, fine_tune, split
+from rankfold.training import Losses, Trained, Training, checkpoints, fine_tune, split
 from rankfold.training.augment import AUGMENTATIONS, PADDING
 from rankfold.training.distillation import Distillation
 from rankfold.training.settings import rate_at
@@ -110,6 +110,36 @@ def test_a_run_that_diverges_says_so_and_keeps_its_checkpoint(tmp_path: Path):
     with pytest.raises(TrainingError, match=r"not finite at step .* learning rate") as failure:
         fine_tune(network(), data, teacher=teacher, training=wild, checkpoint=place)
     assert ("is from before" in str(failure.value)) == place.exists()
+    if place.exists():
+        kept = checkpoints.read(place).groups["model"]
+        assert all(bool(tensor.isfinite().all()) for tensor in kept.values())
+
+
+def test_weights_that_are_not_finite_do_not_replace_a_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Finite losses, but the step of the second epoch's end ruins a weight."""
+    place = tmp_path / "state.safetensors"
+    step = torch.optim.SGD.step
+    counted = []
+
+    def ruining(self: torch.optim.SGD, *args: object, **kwargs: object) -> object:
+        found = step(self, *args, **kwargs)
+        counted.append(1)
+        if len(counted) == 10:
+            self.param_groups[0]["params"][0].data.fill_(float("nan"))
+        return found
+
+    monkeypatch.setattr(torch.optim.SGD, "step", ruining)
+    with pytest.raises(TrainingError, match="not finite at step 10"):
+        fine_tune(network(), images(), losses=Losses(logits=0.0), training=QUICK, checkpoint=place)
+    assert checkpoints.read(place).facts["step"] == 5
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path):
+    place = tmp_path / "state.safetensors"
+    fine_tune(network(), images(), losses=Losses(logits=0.0), training=QUICK, checkpoint=place)
+    other, _ = student_of(network())
+    with pytest.raises(TrainingError, match="of another network"):
+        fine_tune(other, images(), losses=Losses(logits=0.0), training=QUICK, checkpoint=place, resume=True)
 
 
 def test_losses_by_layer_are_those_of_the_paper():

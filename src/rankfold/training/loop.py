@@ -93,12 +93,13 @@ def fine_tune(
         raise TrainingError("there is nothing to resume from without a checkpoint; say where it is")
     found = checkpoints.read(checkpoint) if resume and checkpoint else None
     precision = found.facts.get("precision", "no") if found else training.precision
-    run = _Run(student, data, teacher, plan, labels, training=training, losses=losses, precision=precision)
-    if found:
-        run.restore(found)
-    began = run.state.step
-    with torch.random.fork_rng(), Log(log if run.main else None, began) as lines:
-        run.train(held_out, checkpoint if run.main else None, lines, progress)
+    with torch.random.fork_rng():
+        run = _Run(student, data, teacher, plan, labels, training=training, losses=losses, precision=precision)
+        if found:
+            run.restore(found)
+        began = run.state.step
+        with Log(log if run.main else None, began) as lines:
+            run.train(held_out, checkpoint if run.main else None, lines, progress)
     return Trained(run.result(), tuple(run.state.epochs), run.precision, began, run.main)
 
 
@@ -165,10 +166,10 @@ class _Run:
                 ordered, order = epoch, self._drawn(epoch)
             rate = rate_at(self.training, self.state.step, total)
             terms = self._step(order[place * self.training.batch_size :][: self.training.batch_size], rate)
-            loss = sum(terms.values())
-            if not math.isfinite(loss):
-                raise TrainingError(_diverged(self.state.step, terms, rate, checkpoint))
-            taken = time.perf_counter() - start
+            done = place + 1 == self.steps
+            saving = checkpoint is not None and (done or time.monotonic() - saved > 60 * self.training.minutes)
+            self._check(terms, rate, checkpoint, saving)
+            loss, taken = sum(terms.values()), time.perf_counter() - start
             self.state.step += 1
             self.state.loss_sum += loss
             self.state.seconds += taken
@@ -176,10 +177,9 @@ class _Run:
             log.line(self.state.step, epoch + 1, rate, speed, {"loss": loss, **terms})
             note = f"epoch {epoch + 1}, loss {loss:.4g}, rate {rate:.2g}, {speed:,.0f} images/s"
             progress("fine-tuning", self.state.step, total, note)
-            done = self.state.step % self.steps == 0
             if done:
                 self._close_epoch(held_out)
-            if checkpoint and (done or time.monotonic() - saved > 60 * self.training.minutes):
+            if checkpoint is not None and saving:
                 self._save(checkpoint)
                 saved = time.monotonic()
 
@@ -193,6 +193,9 @@ class _Run:
         """Goes on from a checkpoint; raises TrainingError where it is of another run."""
         if found.facts.get("settings") != self._settings():
             raise TrainingError("the checkpoint is of a run with other settings; resume with the same, or start anew")
+        shapes = {name: tensor.shape for name, tensor in self.student.state_dict().items()}
+        if {name: tensor.shape for name, tensor in found.groups["model"].items()} != shapes:
+            raise TrainingError("the checkpoint is of another network; resume with the one it is of, or start anew")
         self.student.load_state_dict(found.groups["model"])
         self.average = {name: tensor.to(self.device) for name, tensor in found.groups.get("average", {}).items()}
         states: dict[int, dict[str, Tensor]] = {}
@@ -239,6 +242,14 @@ class _Run:
             self.average[name].lerp_(tensor, 1 - decay)
         mean = self.accelerator.reduce(torch.stack([term.detach().float() for term in terms.values()]), "mean")
         return dict(zip(terms, cast(Tensor, mean).tolist(), strict=True))
+
+    def _check(self, terms: Mapping[str, float], rate: float, checkpoint: Path | None, saving: bool) -> None:
+        """Raises TrainingError where the loss, or a weight that is about to be saved, is not finite."""
+        sound = math.isfinite(sum(terms.values()))
+        if saving and sound:
+            sound = all(bool(tensor.isfinite().all()) for _, tensor in self._floats())
+        if not sound:
+            raise TrainingError(_diverged(self.state.step, terms, rate, checkpoint))
 
     def _floats(self) -> list[tuple[str, Tensor]]:
         """Parameters and buffers that an average makes sense of."""
@@ -337,6 +348,6 @@ def _diverged(step: int, terms: Mapping[str, float], rate: float, checkpoint: Pa
         f"the last checkpoint, {checkpoint}, is from before" if checkpoint and checkpoint.exists() else "no checkpoint"
     )
     return (
-        f"the loss is not finite at step {step + 1} ({shown}; learning rate {rate:.3g}); {kept}; lower the learning "
-        "rate, or the norm that gradients are clipped at"
+        f"the loss or a weight is not finite at step {step + 1} ({shown}; learning rate {rate:.3g}); {kept}; lower the "
+        "learning rate, or the norm that gradients are clipped at"
     )
