@@ -172,6 +172,8 @@ def main() -> None:
     records = newest("calibration")
     for marker, chosen in (("calibration", False), ("samples", True)):
         part = [one for one in records if (one["part"] == "samples") == chosen]
+        if not part:
+            continue
         body = f"\n{calibrations(part, stages=False)}\n\n{provenance(part)}"
         fill(ROOT / "docs" / "calibration.md", marker, body)
     records = newest("published_against_exact")

@@ -5,7 +5,7 @@ and colours that go together. White noise coloured in that way is the start. Whe
 refined: each stores the mean and variance of what went through it in training, and gradient descent on the inputs makes
 them hold again (Yin et al., DeepInversion, arXiv 1912.08795, equation 4). What descends is the white noise behind the
 inputs, so that they keep the spectrum and colours of images (Olah et al., Feature Visualization, Distill 2017, on
-preconditioning); descending on pixels takes twice the steps and is still worse, see benchmarks/synthetic_choices.py.
+preconditioning).
 """
 
 from __future__ import annotations
