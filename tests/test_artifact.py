@@ -20,7 +20,7 @@ from rankfold.artifact import load_metrics
 
 @pytest.fixture
 def result(small_cnn: nn.Module, image: torch.Tensor) -> Result:
-    return compress(small_cnn, image, decomposition="auto", budget=Budget(macs=0.5))
+    return compress(small_cnn, image, decomposition="auto", budget=Budget(macs=0.5), calibration="none")
 
 
 def skeleton() -> nn.Module:
@@ -62,14 +62,18 @@ def test_a_new_process_gets_the_same_bits(result: Result, image: torch.Tensor, t
 def test_the_saved_dtype_wins_over_the_skeletons(
     dtype: torch.dtype, small_cnn: nn.Module, image: torch.Tensor, tmp_path
 ):
-    result = compress(small_cnn.to(dtype), image.to(dtype), decomposition="spatial", budget=Budget(macs=0.6))
+    result = compress(
+        small_cnn.to(dtype), image.to(dtype), decomposition="spatial", budget=Budget(macs=0.6), calibration="none"
+    )
     loaded = load(save(result, tmp_path / "out"), skeleton())
     assert {p.dtype for p in loaded.parameters()} == {dtype}
 
 
 def test_ties_are_stored_once_and_come_back(tmp_path: Path):
     torch.manual_seed(0)
-    result = compress(Tied().eval(), torch.arange(6)[None], decomposition="svd", budget=Budget(params=0.8))
+    result = compress(
+        Tied().eval(), torch.arange(6)[None], decomposition="svd", budget=Budget(params=0.8), calibration="none"
+    )
     loaded = load(save(result, tmp_path / "out"), Tied())
     assert loaded.shared is loaded.again
     assert loaded.first[0].weight is loaded.second[0].weight
@@ -156,7 +160,7 @@ def test_a_failing_save_changes_nothing(point: str, result: Result, tmp_path: Pa
 def test_a_file_size_limit_stands_in_for_a_full_disk(result: Result, tmp_path: Path):
     script = (
         "import resource, sys, torch; sys.path.insert(0, sys.argv[2]); from test_artifact import skeleton; import rankfold\n"
-        "result = rankfold.compress(skeleton(), torch.zeros(1, 3, 8, 8), decomposition='svd', budget=rankfold.Budget(macs=0.5))\n"
+        "result = rankfold.compress(skeleton(), torch.zeros(1, 3, 8, 8), decomposition='svd', budget=rankfold.Budget(macs=0.5), calibration='none')\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
         "try: rankfold.save(result, sys.argv[1] + '/out')\n"
         "except rankfold.ArtifactError as error: print(error)"
@@ -173,7 +177,7 @@ def test_a_killed_save_leaves_one_whole_directory(result: Result, tmp_path: Path
     save(result, tmp_path / "out")
     script = (
         "import sys, torch; sys.path.insert(0, sys.argv[2]); from test_artifact import skeleton; import rankfold\n"
-        "result = rankfold.compress(skeleton(), torch.zeros(1, 3, 8, 8), decomposition='svd', budget=rankfold.Budget(macs=0.5))\n"
+        "result = rankfold.compress(skeleton(), torch.zeros(1, 3, 8, 8), decomposition='svd', budget=rankfold.Budget(macs=0.5), calibration='none')\n"
         "print('ready', flush=True)\n"
         "while True: rankfold.save(result, sys.argv[1] + '/out')"
     )

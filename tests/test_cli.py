@@ -251,7 +251,9 @@ def test_searches_objectives_and_limits_on_the_error(factory: str, npz: Path, tm
     code, text, err = run(capsys, monkeypatch, *common, *ends, "--no-sequential", "--out", str(out))
     assert json.loads(text)["calibration"].endswith("fitted layer by layer")
     code, text, err = run(capsys, monkeypatch, *common, "-b", "macs=0.5", "--out", str(out))
-    assert "none, errors are those of the weights (it has no batch norms" in json.loads(text)["calibration"]
+    assert "512 synthetic inputs (noise with the spectrum of images" in json.loads(text)["calibration"]
+    code, text, err = run(capsys, monkeypatch, *common, *ends[:2], "--calibration", "none", "--out", str(out))
+    assert json.loads(text)["calibration"] == "calibration: none, errors are those of the weights (asked for)"
 
     ends = ("-b", "macs=0.5", "--calibration", "synthetic", "--calibration-samples", "8")
     code, text, err = run(capsys, monkeypatch, *common, *ends, "--out", str(tmp_path / "synthetic"))

@@ -32,7 +32,7 @@ class Tied(nn.Module):
 def test_shared_modules_and_tied_weights_stay_shared_and_are_decomposed_once():
     torch.manual_seed(0)
     model, tokens = Tied().eval(), torch.arange(6)[None]
-    result = compress(model, tokens, decomposition="svd", budget=Budget(params=0.8))
+    result = compress(model, tokens, decomposition="svd", budget=Budget(params=0.8), calibration="none")
     names = {layer.name: layer.aliases for layer in result.plan.decomposed}
     assert names.get("shared", ("again",)) == ("again",)
     assert names.get("first", ("second",)) == ("second",)
@@ -69,7 +69,7 @@ class Awkward(nn.Module):
 
 def test_every_skipped_layer_is_listed_with_its_reason():
     model, x = Awkward().eval(), torch.randn(2, 5, 16)
-    result = compress(model, x, decomposition="svd", budget=Budget(params=0.98))
+    result = compress(model, x, decomposition="svd", budget=Budget(params=0.98), calibration="none")
     reasons = {
         "hooked": "hooks",
         "normed": "parametris",
@@ -91,7 +91,7 @@ def test_a_transformer_layer_runs_after_surgery():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
     model, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval(), torch.randn(2, 7, 32)
-    result = compress(model, x, decomposition="svd", budget=Budget(params=0.8))
+    result = compress(model, x, decomposition="svd", budget=Budget(params=0.8), calibration="none")
     assert result.plan.decomposed
     with torch.no_grad():
         assert result.model(x).shape == (2, 7, 32)
@@ -111,7 +111,9 @@ class Reaching(nn.Module):
 
 def test_a_layer_that_the_model_reaches_into_is_named():
     with pytest.raises(ModelError, match=r"reaches into these layers.*: read; exclude"):
-        compress(Reaching().eval(), torch.randn(1, 32), decomposition="svd", budget=Budget(params=0.5))
+        compress(
+            Reaching().eval(), torch.randn(1, 32), decomposition="svd", budget=Budget(params=0.5), calibration="none"
+        )
 
 
 def test_macs_are_those_of_the_flop_counter_attention_included():
@@ -133,7 +135,7 @@ def test_the_original_is_untouched_and_its_mode_restored(small_cnn: nn.Module, i
     small_cnn.train()
     small_cnn[1].eval()
     state = {name: tensor.clone() for name, tensor in small_cnn.state_dict().items()}
-    result = compress(small_cnn, image, decomposition="spatial", budget=Budget(macs=0.6))
+    result = compress(small_cnn, image, decomposition="spatial", budget=Budget(macs=0.6), calibration="none")
     assert all(torch.equal(tensor, state[name]) for name, tensor in small_cnn.state_dict().items())
     assert small_cnn.training
     assert not small_cnn[1].training
@@ -149,11 +151,19 @@ def test_patterns_that_match_nothing_list_the_nearest_names(
 ):
     given = {pattern: "svd"} if option == "decomposition" else [pattern]
     with pytest.raises(UnknownNameError, match="matches nothing; (nearest|known): "):
-        compress(small_cnn, image, budget=Budget(macs=0.5), **{option: given})
+        compress(small_cnn, image, budget=Budget(macs=0.5), **{option: given}, calibration="none")
 
 
 def test_include_and_exclude(small_cnn: nn.Module, image: torch.Tensor):
-    result = compress(small_cnn, image, decomposition="svd", budget=Budget(macs=0.9), include=["0", "2"], exclude=["0"])
+    result = compress(
+        small_cnn,
+        image,
+        decomposition="svd",
+        budget=Budget(macs=0.9),
+        include=["0", "2"],
+        exclude=["0"],
+        calibration="none",
+    )
     assert [layer.name for layer in result.plan.layers] == ["2"]
     assert result.plan.skipped == {"0": "excluded", "5": "not included"}
 
@@ -162,30 +172,32 @@ def test_include_and_exclude(small_cnn: nn.Module, image: torch.Tensor):
 def test_weights_that_are_not_finite_name_the_layer(value: float, small_cnn: nn.Module, image: torch.Tensor):
     small_cnn[2].weight.data[0, 0] = value
     with pytest.raises(ModelError, match=r"2\.weight: 9 of"):
-        compress(small_cnn, image, budget=Budget(macs=0.5))
+        compress(small_cnn, image, budget=Budget(macs=0.5), calibration="none")
 
 
 def test_models_that_cannot_be_compressed_say_why(small_cnn: nn.Module, image: torch.Tensor):
     budget = Budget(macs=0.5)
     with pytest.raises(ModelError, match="no parameters"):
-        compress(nn.Sequential(nn.ReLU()), image, budget=budget)
+        compress(nn.Sequential(nn.ReLU()), image, budget=budget, calibration="none")
     with pytest.raises(ModelError, match="no layer to decompose"):
-        compress(nn.Sequential(nn.BatchNorm2d(3)), image, budget=budget)
+        compress(nn.Sequential(nn.BatchNorm2d(3)), image, budget=budget, calibration="none")
     with pytest.raises(ModelError, match=r"does not run on example inputs \(1, 4, 8, 8\) float32"):
-        compress(small_cnn, torch.zeros(1, 4, 8, 8), budget=budget)
+        compress(small_cnn, torch.zeros(1, 4, 8, 8), budget=budget, calibration="none")
     with pytest.raises(ModelError, match="meta device"):
-        compress(nn.Linear(4, 4, device="meta"), torch.zeros(1, 4), budget=budget)
+        compress(nn.Linear(4, 4, device="meta"), torch.zeros(1, 4), budget=budget, calibration="none")
     with pytest.raises(ModelError, match="not initialised"):
-        compress(nn.LazyLinear(4), torch.zeros(1, 4), budget=budget)
+        compress(nn.LazyLinear(4), torch.zeros(1, 4), budget=budget, calibration="none")
 
 
 def test_a_layer_that_is_the_model_itself_is_named_in_the_skipped_ones():
     with pytest.raises(ModelError, match="wrap it in nn.Sequential"):
-        compress(nn.Linear(40, 40), torch.zeros(1, 40), decomposition="svd", budget=Budget(params=0.5))
+        compress(
+            nn.Linear(40, 40), torch.zeros(1, 40), decomposition="svd", budget=Budget(params=0.5), calibration="none"
+        )
 
 
 def test_a_plan_for_another_model_is_refused(small_cnn: nn.Module, image: torch.Tensor):
-    plan = compress(small_cnn, image, decomposition="svd", budget=Budget(macs=0.6)).plan
+    plan = compress(small_cnn, image, decomposition="svd", budget=Budget(macs=0.6), calibration="none").plan
     with pytest.raises(PlanError, match="has no layer"):
         apply_plan(nn.Sequential(nn.Linear(3, 3)), plan)
     assert plan.decomposed[0].name == "2"
@@ -206,8 +218,8 @@ def test_inputs_by_position_and_by_name():
             return self.left(a) + self.right(b)
 
     model, a = Pair().eval(), torch.randn(1, 32)
-    by_position = compress(model, (a, a), decomposition="svd", budget=Budget(params=0.5))
-    by_name = compress(model, {"a": a, "b": a}, decomposition="svd", budget=Budget(params=0.5))
+    by_position = compress(model, (a, a), decomposition="svd", budget=Budget(params=0.5), calibration="none")
+    by_name = compress(model, {"a": a, "b": a}, decomposition="svd", budget=Budget(params=0.5), calibration="none")
     assert by_position.plan.layers == by_name.plan.layers
 
 
@@ -232,7 +244,7 @@ class Recurrent(nn.Module):
 def test_a_block_under_two_names_stays_one_block():
     torch.manual_seed(0)
     model, x = Recurrent().eval(), torch.randn(1, 32)
-    result = compress(model, x, decomposition="svd", budget=Budget(params=0.5))
+    result = compress(model, x, decomposition="svd", budget=Budget(params=0.5), calibration="none")
     assert result.plan.decomposed[0].aliases == ("second.0",)
     assert result.model.first is result.model.second
     assert result.after == cost_of(result.model, x)

@@ -90,7 +90,12 @@ def test_rank_steps_can_follow_a_validation_loss(small_cnn: nn.Module, image: to
     labelled = [(torch.randn(4, 3, 8, 8), torch.arange(4))]
     objective = Validation(small_cnn, labelled, together=False)
     result = compress(
-        small_cnn, image, decomposition="tucker", budget=Budget(macs=1.0), search=quick(objective=objective)
+        small_cnn,
+        image,
+        decomposition="tucker",
+        budget=Budget(macs=1.0),
+        search=quick(objective=objective),
+        calibration="none",
     )
     assert any("ranks" in step.losses for step in result.trace.steps)
 
@@ -103,9 +108,9 @@ def test_a_diverging_search_names_the_layer(small_cnn: nn.Module, image: torch.T
 
 def test_it_knows_no_budget(small_cnn: nn.Module, image: torch.Tensor):
     with pytest.raises(BudgetError, match="knows no budget; it found a plan of macs="):
-        compress(small_cnn, image, decomposition="tucker", budget=Budget(macs=0.05), search=quick())
+        compress(small_cnn, image, decomposition="tucker", budget=Budget(macs=0.05), search=quick(), calibration="none")
     with pytest.raises(BudgetError, match="one decomposition"):
-        compress(small_cnn, image, decomposition="auto", budget=Budget(macs=1.0), search=quick())
+        compress(small_cnn, image, decomposition="auto", budget=Budget(macs=1.0), search=quick(), calibration="none")
 
 
 @pytest.mark.parametrize("steps", [4, 9])

@@ -174,7 +174,9 @@ def test_stages_come_to_an_end(
 
 
 def test_history_cools_to_one_candidate_per_layer(small_cnn: nn.Module, image: torch.Tensor):
-    result = compress(small_cnn, image, decomposition="tucker", budget=Budget(macs=0.5), search="rene")
+    result = compress(
+        small_cnn, image, decomposition="tucker", budget=Budget(macs=0.5), search="rene", calibration="none"
+    )
     steps = result.trace.steps
     assert list(result.trace.layers) == [layer.name for layer in result.plan.layers]
     assert sum(steps[0].entropy) > 10 * sum(steps[-1].entropy)
@@ -212,11 +214,16 @@ def test_descent_on_the_divergence_ends_no_higher_than_the_separable_plan(
 ):
     objective = Divergence(trained_cnn, batches, together=together)
     budget = Budget(macs=0.35)
-    separable = compress(trained_cnn, image, decomposition="spatial", budget=budget, search="rene")
+    separable = compress(trained_cnn, image, decomposition="spatial", budget=budget, search="rene", calibration="none")
     trained_cnn.train()
     before = [parameter.clone() for parameter in trained_cnn.parameters()]
     found = compress(
-        trained_cnn, image, decomposition="spatial", budget=budget, search=Rene(objective=objective, turns=8)
+        trained_cnn,
+        image,
+        decomposition="spatial",
+        budget=budget,
+        search=Rene(objective=objective, turns=8),
+        calibration="none",
     )
     assert trained_cnn.training
     assert all(torch.equal(old, new) for old, new in zip(before, trained_cnn.parameters(), strict=True))
@@ -256,6 +263,7 @@ def test_validation_takes_the_users_loss_and_batches_of_any_form(small_cnn: nn.M
         decomposition="svd",
         budget=Budget(params=0.5),
         search=Rene(objective=objective, turns=2),
+        calibration="none",
     )
     assert result.after.params <= 0.5 * result.before.params
     assert "validation loss" in result.plan.settings["search"]
@@ -284,7 +292,14 @@ def test_a_metric_weighs_directions(small_cnn: nn.Module, image: torch.Tensor):
 def test_what_is_not_finite_stops_the_search(small_cnn: nn.Module, image: torch.Tensor):
     poisoned = Divergence(small_cnn, [torch.full((2, 3, 8, 8), torch.nan)])
     with pytest.raises(SearchError, match="not finite"):
-        compress(small_cnn, image, decomposition="svd", budget=Budget(macs=0.5), search=Rene(objective=poisoned))
+        compress(
+            small_cnn,
+            image,
+            decomposition="svd",
+            budget=Budget(macs=0.5),
+            search=Rene(objective=poisoned),
+            calibration="none",
+        )
     with pytest.raises(BudgetError, match="reconstruction objective"):
         compress(
             small_cnn,
@@ -292,6 +307,7 @@ def test_what_is_not_finite_stops_the_search(small_cnn: nn.Module, image: torch.
             decomposition="svd",
             budget=Budget(error=0.1),
             search=Rene(objective=Divergence(small_cnn, [image])),
+            calibration="none",
         )
 
 

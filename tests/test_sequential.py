@@ -178,7 +178,11 @@ def test_which_calibration_is_taken_and_why(normed: nn.Module, small_cnn: nn.Mod
     assert settings["calibration"] == "synthetic inputs"
     assert settings["calibration_samples"] == 16
     assert settings["calibration_reason"] == "its 3 batch norms hold the statistics that inputs are matched to"
-    settings = compress(small_cnn, x, budget=budget).plan.settings
+    settings = compress(small_cnn, x, budget=budget, calibration_samples=16).plan.settings
+    assert settings["calibration"] == "synthetic inputs"
+    assert settings["calibration_reason"].startswith("noise with the spectrum of images, as it has no batch norms")
+    vectors = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8)).eval()
+    settings = compress(vectors, torch.zeros(1, 16), decomposition="svd", budget=Budget(params=0.7)).plan.settings
     assert (settings["metric"], settings["calibration"]) == ("frobenius", "none")
     assert "no batch norms" in settings["calibration_reason"]
     limited = compress(normed, x, budget=Budget(error=0.1)).plan.settings

@@ -100,4 +100,5 @@ def _replace_(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _difference(one: Tensor, other: Tensor) -> float:
     """The largest difference, relative to the largest entry of the first."""
+    one, other = one.detach(), other.detach()
     return float((one - other).abs().max() / one.abs().max().clamp_min(1e-30))

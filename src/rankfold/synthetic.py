@@ -68,12 +68,17 @@ def coloured(white: Float[Tensor, "n c *places"]) -> Float[Tensor, "n c *places"
 
 def advice(model: nn.Module, example_inputs: Inputs) -> tuple[str, str]:
     """Which calibration a network is best given when its user has no inputs, "synthetic" or "none", and why."""
-    norms = _norms(model)
-    if input_shape(example_inputs) is None:
+    norms, shape = _norms(model), input_shape(example_inputs)
+    if shape is None:
         return "none", "its inputs are not one tensor of numbers; give a few unlabelled ones"
-    if not norms:
+    if norms:
+        return "synthetic", f"its {len(norms)} batch norms hold the statistics that inputs are matched to"
+    if len(shape) < 2:
         return "none", "it has no batch norms that inputs could be matched to; give a few unlabelled inputs"
-    return "synthetic", f"its {len(norms)} batch norms hold the statistics that inputs are matched to"
+    return (
+        "synthetic",
+        "noise with the spectrum of images, as it has no batch norms that inputs could be matched to",
+    )
 
 
 def input_shape(example_inputs: Inputs) -> tuple[int, ...] | None:

@@ -80,19 +80,31 @@ def test_every_search_keeps_every_limit_and_none_beats_the_bound(name: str, seed
 @pytest.mark.parametrize("name", SEARCH_NAMES)
 def test_infeasible_budget_names_one_that_is_feasible(name: str, small_cnn: nn.Module, image: torch.Tensor):
     with pytest.raises(BudgetError, match="smallest feasible one is macs=") as caught:
-        compress(small_cnn, image, decomposition="svd", budget=Budget(macs=0.001), search=name)
+        compress(small_cnn, image, decomposition="svd", budget=Budget(macs=0.001), search=name, calibration="none")
     smallest = float(str(caught.value).split("smallest feasible one is macs=")[1].split(" ")[0])
-    assert compress(small_cnn, image, decomposition="svd", budget=Budget(macs=smallest), search=name).model is not None
+    assert (
+        compress(
+            small_cnn, image, decomposition="svd", budget=Budget(macs=smallest), search=name, calibration="none"
+        ).model
+        is not None
+    )
     with pytest.raises(BudgetError):
-        compress(small_cnn, image, decomposition="svd", budget=Budget(macs=smallest * 0.99), search=name)
+        compress(
+            small_cnn, image, decomposition="svd", budget=Budget(macs=smallest * 0.99), search=name, calibration="none"
+        )
 
 
 def test_infeasible_joint_budget_names_one_that_is_feasible(small_cnn: nn.Module, image: torch.Tensor):
     with pytest.raises(BudgetError, match="smallest feasible one") as caught:
-        compress(small_cnn, image, decomposition="spatial", budget=Budget(macs=0.05, params=0.002))
+        compress(small_cnn, image, decomposition="spatial", budget=Budget(macs=0.05, params=0.002), calibration="none")
     text = str(caught.value).split("smallest feasible one is ")[1].split(";")[0]
     limits = [part.split(" (")[0] for part in text.split("), ")]
-    assert compress(small_cnn, image, decomposition="spatial", budget=Budget.parse(limits)).after.params > 0
+    assert (
+        compress(
+            small_cnn, image, decomposition="spatial", budget=Budget.parse(limits), calibration="none"
+        ).after.params
+        > 0
+    )
 
 
 @pytest.mark.parametrize("search", SEARCH_NAMES)
@@ -101,12 +113,12 @@ def test_compression_keeps_the_budget_and_every_layer_within_its_size(
     name: str, search: str, small_cnn: nn.Module, image: torch.Tensor
 ):
     budget = Budget(macs=0.6, params=0.5)
-    result = compress(small_cnn, image, decomposition=name, budget=budget, search=search)
+    result = compress(small_cnn, image, decomposition=name, budget=budget, search=search, calibration="none")
     for unit, limit in budget.limits(result.before).items():
         assert getattr(result.after, unit) <= limit
         for layer in result.plan.layers:
             assert getattr(layer.after, unit) <= getattr(layer.before, unit)
-    again = compress(small_cnn, image, decomposition=name, budget=budget, search=search)
+    again = compress(small_cnn, image, decomposition=name, budget=budget, search=search, calibration="none")
     assert again.plan.layers == result.plan.layers
 
 
@@ -163,7 +175,9 @@ def test_every_search_keeps_a_limit_on_the_error_and_is_no_cheaper_than_the_boun
 def test_a_limit_on_the_error_holds_for_the_factors_that_come_out(
     name: str, search: str, small_cnn: nn.Module, image: torch.Tensor
 ):
-    result = compress(small_cnn, image, decomposition=name, budget=Budget(error=0.25), search=search)
+    result = compress(
+        small_cnn, image, decomposition=name, budget=Budget(error=0.25), search=search, calibration="none"
+    )
     mean = sum(layer.error for layer in result.plan.layers) / len(result.plan.layers)
     assert 0 < mean <= 0.25 * (1 + 1e-6)
     assert result.after.macs < result.before.macs
