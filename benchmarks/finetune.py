@@ -2,7 +2,8 @@
 
 Compressed with cp3 and calibrated on 512 training images without their labels, then fine-tuned on 45,000 of the 50,000;
 the other 5,000 are held out. A run that was interrupted goes on from its checkpoint when started again. `--case` names
-the budget, `--work` the folder for the models; `--epochs` and `--rate` as in `rankfold finetune`.
+the budget, `--work` the folder for the models; `--epochs` and `--rate` as in `rankfold finetune`. With `--synthetic N`
+nothing but the network is used: calibration and fine-tuning on N inputs that are made from it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ CASES = {
     "tt": Budget(macs=0.296, params=0.277),
     "cp": Budget(macs=0.266, params=0.224),
     "fifth": Budget(macs=0.2, params=0.2),
+    "half": Budget(macs=0.5),
+    "third": Budget(macs=0.3),
 }
-"""The sizes that arXiv 2409.03555 reports for its TT and its CP, and a fifth of both."""
+"""The sizes that arXiv 2409.03555 reports for its TT and its CP, a fifth of both, and of MACs a half and 30 %."""
 
 
 def main() -> None:
@@ -34,13 +37,14 @@ def main() -> None:
     arguments.add_argument("--epochs", type=int, default=30)
     arguments.add_argument("--rate", type=float, default=0.02)
     arguments.add_argument("--decomposition", default="cp3")
+    arguments.add_argument("--synthetic", type=int, default=0, help="how many inputs are made, in place of data")
     given = arguments.parse_args()
     folder = require_data(given)
-    label = f"{given.decomposition}-{given.case}"
+    label = f"{given.decomposition}-{given.case}{'-synthetic' if given.synthetic else ''}"
     small, tuned = given.work / label, given.work / f"{label}-{given.epochs}-{given.rate}"
     if not small.exists():
         source, _ = network(folder, "cifar10_resnet20", "cifar10_resnet20", "cifar10/test.npz")
-        images = unlabelled(folder, source, "cifar10/train.npz")
+        images = "synthetic" if given.synthetic else unlabelled(folder, source, "cifar10/train.npz")
         example, budget = torch.zeros(1, 3, 32, 32), CASES[given.case]
         result = compress(source.model, example, decomposition=given.decomposition, budget=budget, calibration=images)
         weights = folder / "weights" / "cifar10_resnet20.safetensors"
@@ -49,7 +53,7 @@ def main() -> None:
     training = Training(epochs=given.epochs, rate=given.rate, augment="cifar")
     found = fine_tune_saved(
         small,
-        f"npz:{folder / 'cifar10' / 'train.npz'}",
+        f"synthetic:{given.synthetic}" if given.synthetic else f"npz:{folder / 'cifar10' / 'train.npz'}",
         tuned,
         training=training,
         losses=Losses(),
@@ -63,6 +67,7 @@ def main() -> None:
         decomposition=given.decomposition,
         epochs=given.epochs,
         rate=given.rate,
+        inputs=f"{given.synthetic} synthetic" if given.synthetic else "CIFAR-10 train, 45,000",
         macs_kept=round(kept["macs"], 4),
         params_kept=round(kept["params"], 4),
         base_top1=round(found.test[0], 2),
@@ -76,7 +81,7 @@ def main() -> None:
     )
     earlier = sorted(RESULTS.glob("finetune-*.json"))
     kept_records = json.loads(earlier[-1].read_text()) if earlier else []
-    key = ("case", "decomposition", "epochs", "rate")
+    key = ("case", "decomposition", "epochs", "rate", "inputs")
     write([*(old for old in kept_records if any(old[name] != one[name] for name in key)), one])
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rankfold import Budget, compress
+from rankfold.models import build_model
 
 BUDGETS = (0.9, 0.8, 0.65)
 EVERY, SEED = 12, 0
@@ -67,11 +68,11 @@ def main() -> None:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--model", type=Path, required=True, help="folder of the model")
     given = arguments.parse_args()
-    from transformers import AutoModel, AutoTokenizer
-
     with (require_data(given) / "stsb" / "dev.csv").open(encoding="utf-8", newline="") as file:
         pairs = [(row[0], row[1], float(row[2])) for row in csv.reader(file)]
-    model = AutoModel.from_pretrained(given.model).eval()
+    model = build_model(f"hf:{given.model}").model.eval()
+    from transformers import AutoTokenizer
+
     tokens = AutoTokenizer.from_pretrained(given.model)
     chosen = pairs[::EVERY]
     scored = [pair for k, pair in enumerate(pairs) if k % EVERY]

@@ -123,6 +123,28 @@ def calibrations(records: list[dict[str, Any]], *, stages: bool) -> str:
     return table([*header, *(f"{name}, s" for name in names)], rows)
 
 
+def rows_of(records: list[dict[str, Any]], columns: dict[str, str]) -> str:
+    """The chosen fields of records as a table under the given headings."""
+    return table(list(columns.values()), [[cell(one.get(key, "–")) for key in columns] for one in records])
+
+
+def fine_tunings(records: list[dict[str, Any]]) -> str:
+    """Fine-tuned networks: what they cost, and their accuracy at every stage."""
+    columns = {
+        "decomposition": "",
+        "macs_kept": "MACs kept",
+        "params_kept": "parameters kept",
+        "inputs": "inputs",
+        "epochs": "epochs",
+        "rate": "rate",
+        "compressed_top1": "compressed, top-1 %",
+        "top1": "fine-tuned, top-1 %",
+        "base_top1": "base",
+        "seconds_per_epoch": "seconds per epoch",
+    }
+    return rows_of(sorted(records, key=lambda one: (-one["macs_kept"], one["decomposition"])), columns)
+
+
 def fill(path: Path, marker: str, body: str) -> None:
     """Puts a text between a file's markers."""
     filled = f"<!-- {marker} -->\n{body}\n<!-- /{marker} -->"
@@ -136,6 +158,10 @@ def main() -> None:
     titles = {
         "resnet20_frobenius": "ResNet-20 on CIFAR-10 at half the MACs, from the weights alone",
         "calibration": "Calibration: none, synthetic inputs, real ones; no fine-tuning, no labels",
+        "minilm_calibration": "Calibration of a sentence transformer",
+        "finetune": "ResNet-20 on CIFAR-10, compressed and fine-tuned",
+        "throughput": "Images per second of fine-tuning against a plain loop",
+        "lenet_pipeline": "LeNet on MNIST, compressed and fine-tuned in one command",
         "tucker_choices": "Balanced ranks and the closed form, for Tucker and trains",
         "speed": "Time and memory of compression",
         "exact_search": "The exact search",
@@ -159,6 +185,8 @@ def main() -> None:
             body = against()
         elif name == "calibration":
             body = calibrations(records, stages=True)
+        elif name == "finetune":
+            body = fine_tunings(records)
         else:
             body = accuracies(records) if "error_reached" in records[0] and "top1" in records[0] else facts(records)
         origin = provenance(records) if name == "calibration" else source(records)
@@ -176,6 +204,15 @@ def main() -> None:
             continue
         body = f"\n{calibrations(part, stages=False)}\n\n{provenance(part)}"
         fill(ROOT / "docs" / "calibration.md", marker, body)
+    for marker, path in (
+        ("minilm_calibration", "calibration"),
+        ("throughput", "training"),
+        ("lenet_pipeline", "training"),
+    ):
+        if records := newest(marker):
+            fill(ROOT / "docs" / f"{path}.md", marker, f"\n{facts(records)}\n\n{source(records)}")
+    if records := newest("finetune"):
+        fill(ROOT / "docs" / "training.md", "finetune", f"\n{fine_tunings(records)}\n\n{source(records)}")
     records = newest("published_against_exact")
     fill(ROOT / "docs" / "search.md", "published", f"\n{against()}\n\n{source(records)}")
 

@@ -101,6 +101,36 @@ def test_another_teacher_and_no_labels(small: Path, tmp_path: Path, capsys, monk
     assert load_plan(out).settings["losses"]["logits"] == 1.0
 
 
+def test_inputs_made_from_the_network_take_the_place_of_data(small: Path, tmp_path: Path, capsys, monkeypatch):
+    out = tmp_path / "tuned"
+    common = ("finetune", str(small), "--batch-size", "32", "--epochs", "4", "--out", str(out))
+    code, text, err = run(capsys, monkeypatch, *common, "--data", "synthetic:320", "--test", DATA, "--json")
+    report = json.loads(text)
+    assert (code, err) == (0, "")
+    assert report["held_out_top1"] == {}
+    assert report["test_top1"]["fine-tuned"] > report["test_top1"]["compressed"]
+    assert load_plan(out).settings["training_data"] == "synthetic:320"
+    assert load_plan(out).settings["losses"]["task"] == 0
+    code, _, err = run(capsys, monkeypatch, *common, "--data", "synthetic:many")
+    assert (code, "for example synthetic:4096" in err) == (2, True)
+
+
+def test_compress_fine_tunes_at_once(tmp_path: Path, capsys, monkeypatch):
+    out = tmp_path / "tuned"
+    weights = ("--weights", str(ASSETS / "digits.safetensors"))
+    common = ("compress", "zoo:digits", *weights, "-d", "spatial", "-b", "macs=0.3", "--calibration", "none")
+    options = ("--finetune", DATA, "--epochs", "2", "--test", DATA, "--out", str(out), "--json")
+    code, text, err = run(capsys, monkeypatch, *common, *options)
+    report = json.loads(text)
+    assert (code, err) == (0, "")
+    assert report["out"] == str(tmp_path / "tuned.compressed")
+    assert report["fine_tuning"]["out"] == str(out)
+    assert load_plan(out).after == load_plan(tmp_path / "tuned.compressed").after
+    assert report["fine_tuning"]["test_top1"]["fine-tuned"] > report["fine_tuning"]["test_top1"]["compressed"]
+    code, _, err = run(capsys, monkeypatch, *common, "--test", DATA, "--out", str(tmp_path / "other"))
+    assert (code, "--test is for --finetune" in err) == (2, True)
+
+
 def test_finalize_writes_a_program_that_runs_without_the_package(small: Path, tmp_path: Path, capsys, monkeypatch):
     out = tmp_path / "model.pt2"
     code, text, err = run(capsys, monkeypatch, "finalize", str(small), "--out", str(out), "--json")

@@ -8,20 +8,25 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
 from rankfold.artifact import check_target, load, load_plan, save
 from rankfold.comparison import load_original_, rebuild
-from rankfold.data import open_dataset
+from rankfold.data import Dataset, Normalisation, open_dataset
 from rankfold.decompositions import relative_error, wiring_of
+from rankfold.errors import DataError
 from rankfold.evaluation import accuracy, latency
 from rankfold.layers import shape_of, stage_factors, weight_of
 from rankfold.models import Source, build_model, load_weights_
 from rankfold.pipeline import Result
 from rankfold.plan import LayerPlan, Plan
 from rankfold.progress import Progress, silent
+from rankfold.synthetic import synthetic_like
 from rankfold.training import Epoch, Losses, Training, fine_tune, split
 
+SYNTHETIC = "synthetic:"
 STAGES = ("original", "compressed", "fine-tuned")
 
 
@@ -76,6 +81,8 @@ def fine_tune_saved(
 ) -> FineTuning:
     """Fine-tunes the model saved in `directory` on `data` and saves it to `out`; the original is its teacher.
 
+    `data` is what `open_dataset` takes, or "synthetic:COUNT" for inputs made from the original, which have no labels.
+
     `held_out` examples of the data, a tenth but at most 5,000 by default, are kept for scores after every epoch and
     never trained on; `test` is read once, at the end. `teacher` is another teacher, a MODEL and the file of its
     weights. Beside `out` stands the folder OUT.training with the checkpoint, from which `resume` goes on, and log.csv.
@@ -89,19 +96,22 @@ def fine_tune_saved(
     student = load(directory, source.model)
     load_original_(source.model, plan, weights)
     normalised = source.normalised_by(shape[0])
-    everything = open_dataset(data, shape, normalised)
+    everything = _synthetic(data, source.model, shape, training.seed, progress) or open_dataset(data, shape, normalised)
+    if not labels or data.startswith(SYNTHETIC):
+        losses, labels = replace(losses, task=0.0), False
     tested = open_dataset(test, shape, normalised) if test else None
-    trained_on, chosen = split(everything, held_out or max(1, min(5000, len(everything) // 10)), training.seed)
+    trained_on, chosen = everything, None
+    if labels:
+        trained_on, chosen = split(everything, held_out or max(1, min(5000, len(everything) // 10)), training.seed)
     work = target.with_name(f"{target.name}.training")
     trained = fine_tune(
         student,
         trained_on,
         teacher=_teacher(teacher) if teacher else source.model,
         plan=plan,
-        labels=labels,
         training=training,
         losses=losses,
-        held_out=chosen if labels else None,
+        held_out=chosen,
         checkpoint=work / "checkpoint.safetensors",
         resume=resume,
         log=work / "log.csv",
@@ -119,7 +129,7 @@ def fine_tune_saved(
     plan = replace(plan, settings=settings, layers=tuple(_measured(layer, *models[::2]) for layer in plan.layers))
     held, final = (
         tuple(accuracy(model, part, progress=progress, what=f"scoring on {what}").top1 for model in models)
-        if part is not None and labels and trained.main
+        if part is not None and trained.main
         else ()
         for part, what in ((chosen, "held-out data"), (tested, "test data"))
     )
@@ -132,6 +142,19 @@ def fine_tune_saved(
         origin = {name: value for name, value in plan.source.items() if name != "files"}
         save(result, target, source=origin, metrics={"fine_tuning": found.as_dict()})
     return found
+
+
+def _synthetic(data: str, model: nn.Module, shape: tuple[int, ...], seed: int, progress: Progress) -> Dataset | None:
+    """Inputs made from the network, where `data` asks for them; the labels are all zero and mean nothing."""
+    if not data.startswith(SYNTHETIC):
+        return None
+    count = data.removeprefix(SYNTHETIC)
+    if not count.isdecimal() or int(count) < 1:
+        raise DataError(f"data {data!r}: say how many inputs are to be made, for example synthetic:4096")
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    batches = synthetic_like(model, torch.zeros(1, *shape, dtype=dtype), int(count), seed=seed, progress=progress)
+    x = torch.cat(batches).float().numpy()
+    return Dataset(x, np.zeros(len(x), np.int64), shape, Normalisation((0.0,), (1.0,), "none"))
 
 
 def _teacher(given: tuple[str, str | Path]) -> nn.Module:

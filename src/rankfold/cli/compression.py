@@ -104,18 +104,28 @@ def compress(
     checkpoint: Annotated[
         Path | None, typer.Option(help="File that rene keeps its state in, and goes on from when started again.")
     ] = None,
+    finetune: Annotated[
+        str | None, typer.Option(help="Data to fine-tune on at once; what was compressed is kept in OUT.compressed.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over them.")] = 30,
+    augment: Annotated[str, typer.Option(help="Augmentation of them: none, cifar or imagenet.")] = "none",
+    test: Annotated[str | None, typer.Option(help="Test data, read once, after fine-tuning.")] = None,
     include: Include = None,
     exclude: Exclude = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Make a smaller model within a budget, and save it."""
+    """Make a smaller model within a budget, and save it; with --finetune, recover its accuracy too."""
     from rankfold.artifact import check_target, digest, save
     from rankfold.budget import Budget
     from rankfold.pipeline import compress as run_compression
 
     limits = Budget.parse(budget)
-    check_target(out)
+    if test and not finetune:
+        raise BudgetError("--test is for --finetune; score a model that is only compressed with evaluate")
+    small = out.with_name(f"{out.name}.compressed") if finetune else out
+    for target in {out, small}:
+        check_target(target)
     source, example, shape = open_model(model, weights, input_shape, seed)
     finder = _search(search, objective, source, shape, data=data, samples=samples, checkpoint=checkpoint)
     with progress_bars(as_json) as progress:
@@ -135,11 +145,20 @@ def compress(
     origin: dict[str, Any] = {"model": model, "input_shape": list(shape), "seed": seed}
     if weights:
         origin |= {"weights": str(weights.absolute()), "weights_sha256": digest(weights)}
-    path = save(result, out, source=origin)
+    path = save(result, small, source=origin)
+    told, shown = tables.compression_dict(result, path), [tables.compression(result, path)]
+    if finetune:
+        from rankfold.finetuning import fine_tune_saved
+        from rankfold.training import Training
+
+        training = Training(epochs=epochs, augment=augment, seed=seed)
+        with progress_bars(as_json) as progress:
+            found = fine_tune_saved(small, finetune, out, training=training, test=test, progress=progress)
+        told, shown = {**told, "fine_tuning": found.as_dict()}, [*shown, tables.fine_tuning(found)]
     if as_json:
-        print_json(tables.compression_dict(result, path))
+        print_json(told)
     else:
-        Console().print(tables.compression(result, path))
+        Console().print(*shown, sep="\n\n")
 
 
 def _calibration(spec: str, samples: int | None, source: Source, shape: tuple[int, ...]) -> str | list[Any]:

@@ -15,7 +15,12 @@ from rankfold.errors import TrainingError
 
 def finetune(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that compress or finetune wrote.")],
-    data: Annotated[str, typer.Option(help="Training data: npz:PATH, imagefolder:DIR or module:factory.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Training data: npz:PATH, imagefolder:DIR, module:factory, or synthetic:COUNT, made from the original."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Directory for the result; OUT.training holds the checkpoint and the log.")],
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 30,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per step, of all processes together.")] = 128,

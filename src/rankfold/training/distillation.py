@@ -77,7 +77,7 @@ class Distillation:
         for layer in self.layers:
             _check_place(cast(nn.Module, teacher), layer)
 
-    def __call__(self, run: Callable[[Tensor], Any], x: Tensor, y: Tensor | None) -> dict[str, Tensor]:
+    def __call__(self, run: Callable[[Tensor], Any], x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """The weighted terms for a batch, by name; `run` is the student, wrapped or not."""
         losses, terms = self.losses, {}
         with self._outputs(self.student) as own:
@@ -86,7 +86,7 @@ class Distillation:
         if losses.taught:
             with torch.no_grad(), self._outputs(cast(nn.Module, self.teacher)) as theirs:
                 taught = cast(nn.Module, self.teacher)(x)
-        if losses.task and y is not None:
+        if losses.task:
             criterion = losses.criterion
             loss = criterion(output, y) if criterion else functional.cross_entropy(output_of(output).float(), y)
             terms["task"] = losses.task * loss

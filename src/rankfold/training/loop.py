@@ -72,7 +72,6 @@ def fine_tune(
     *,
     teacher: nn.Module | None = None,
     plan: Plan | None = None,
-    labels: bool = True,
     training: Training | None = None,
     losses: Losses | None = None,
     held_out: Dataset | None = None,
@@ -81,7 +80,7 @@ def fine_tune(
     log: Path | None = None,
     progress: Progress = silent,
 ) -> Trained:
-    """A fine-tuned copy of `student`, taught by `teacher` on the inputs and, unless told otherwise, labels of `data`.
+    """A fine-tuned copy of `student`, taught by `teacher` on the inputs and labels of `data`.
 
     `plan` is needed for losses by layer. `held_out` is scored after every epoch, in the main process. `checkpoint` is
     the file that the state is kept in; with `resume` an earlier run with the same settings goes on from there. `log`
@@ -94,7 +93,7 @@ def fine_tune(
     found = checkpoints.read(checkpoint) if resume and checkpoint else None
     precision = found.facts.get("precision", "no") if found else training.precision
     with torch.random.fork_rng():
-        run = _Run(student, data, teacher, plan, labels, training=training, losses=losses, precision=precision)
+        run = _Run(student, data, teacher, plan, training=training, losses=losses, precision=precision)
         if found:
             run.restore(found)
         began = run.state.step
@@ -120,13 +119,12 @@ class _Run:
         data: Dataset,
         teacher: nn.Module | None,
         plan: Plan | None,
-        labels: bool,
         *,
         training: Training,
         losses: Losses,
         precision: str,
     ) -> None:
-        self.training, self.data, self.labels, self.skeleton = training, data, labels, duplicate(student)
+        self.training, self.data, self.skeleton = training, data, duplicate(student)
         place = _processes()
         self.device, self.rank, self.world = place.device, place.process_index, place.num_processes
         if training.batch_size % self.world or len(data) < training.batch_size:
@@ -215,14 +213,14 @@ class _Run:
         generator = torch.Generator().manual_seed(_seed(self.training.seed, 0, epoch))
         return torch.randperm(len(self.data), generator=generator)
 
-    def _batch(self, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _batch(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """This process's share of a batch, augmented as the whole batch is."""
         x, y = self.data.take(chosen.tolist()).batch(0, len(chosen))
         generator = torch.Generator().manual_seed(_seed(self.training.seed, 1, self.state.step))
         x = self.augment(x, self.black, generator).to(self.dtype)
         x, y = (one.chunk(self.world)[self.rank].to(self.device) for one in (x, y))
         x = x.contiguous(memory_format=self.layout) if self.layout is not None else x
-        return x, y if self.labels else None
+        return x, y
 
     def _step(self, chosen: Tensor, rate: float) -> dict[str, float]:
         """One step of the optimiser; the terms of the loss as numbers, over all processes."""
@@ -279,7 +277,7 @@ class _Run:
     def _settings(self) -> dict[str, Any]:
         """What has to be the same for a run to go on."""
         losses = {name: value for name, value in asdict(self.distillation.losses).items() if name != "criterion"}
-        return {**asdict(self.training), "losses": losses, "labels": self.labels, "examples": len(self.data)}
+        return {**asdict(self.training), "losses": losses, "examples": len(self.data)}
 
     def _faster(self) -> str:
         """bfloat16 where passes of it take less than nine tenths of the time of others, by a trial of two batches."""
