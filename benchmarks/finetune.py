@@ -36,12 +36,13 @@ def main() -> None:
     arguments.add_argument("--work", type=Path, required=True, help="folder for the compressed and fine-tuned models")
     arguments.add_argument("--epochs", type=int, default=30)
     arguments.add_argument("--rate", type=float, default=0.02)
+    arguments.add_argument("--optimiser", default="sgd")
     arguments.add_argument("--decomposition", default="cp3")
     arguments.add_argument("--synthetic", type=int, default=0, help="how many inputs are made, in place of data")
     given = arguments.parse_args()
     folder = require_data(given)
     label = f"{given.decomposition}-{given.case}{'-synthetic' if given.synthetic else ''}"
-    small, tuned = given.work / label, given.work / f"{label}-{given.epochs}-{given.rate}"
+    small, tuned = given.work / label, given.work / f"{label}-{given.epochs}-{given.optimiser}-{given.rate}"
     if not small.exists():
         source, _ = network(folder, "cifar10_resnet20", "cifar10_resnet20", "cifar10/test.npz")
         images = "synthetic" if given.synthetic else unlabelled(folder, source, "cifar10/train.npz")
@@ -50,7 +51,7 @@ def main() -> None:
         weights = folder / "weights" / "cifar10_resnet20.safetensors"
         origin = {"model": "zoo:cifar10_resnet20", "input_shape": [3, 32, 32], "seed": 0}
         save(result, small, source={**origin, "weights": str(weights), "weights_sha256": digest(weights)})
-    training = Training(epochs=given.epochs, rate=given.rate, augment="cifar")
+    training = Training(epochs=given.epochs, optimiser=given.optimiser, rate=given.rate, augment="cifar")
     found = fine_tune_saved(
         small,
         f"synthetic:{given.synthetic}" if given.synthetic else f"npz:{folder / 'cifar10' / 'train.npz'}",
@@ -66,6 +67,7 @@ def main() -> None:
         case=given.case,
         decomposition=given.decomposition,
         epochs=given.epochs,
+        optimiser=given.optimiser,
         rate=given.rate,
         inputs=f"{given.synthetic} synthetic" if given.synthetic else "CIFAR-10 train, 45,000",
         macs_kept=round(kept["macs"], 4),
@@ -81,8 +83,8 @@ def main() -> None:
     )
     earlier = sorted(RESULTS.glob("finetune-*.json"))
     kept_records = json.loads(earlier[-1].read_text()) if earlier else []
-    key = ("case", "decomposition", "epochs", "rate", "inputs")
-    write([*(old for old in kept_records if any(old[name] != one[name] for name in key)), one])
+    key = ("case", "decomposition", "epochs", "optimiser", "rate", "inputs")
+    write([*(old for old in kept_records if any(old.get(name) != one[name] for name in key)), one])
 
 
 def _printed(what: str, done: int, total: int, note: str = "", /) -> None:

@@ -136,6 +136,7 @@ def fine_tunings(records: list[dict[str, Any]]) -> str:
         "params_kept": "parameters kept",
         "inputs": "inputs",
         "epochs": "epochs",
+        "optimiser": "optimiser",
         "rate": "rate",
         "compressed_top1": "compressed, top-1 %",
         "top1": "fine-tuned, top-1 %",

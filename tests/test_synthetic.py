@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from rankfold.synthetic import pink_noise, synthetic_inputs
+from rankfold import Budget, DataError, compress
+from rankfold.synthetic import advice, pink_noise, synthetic_inputs, synthetic_like
 
 
 @pytest.fixture
@@ -65,3 +66,51 @@ def test_a_network_without_batch_norms_gets_noise(small_cnn: nn.Module):
     (found,) = synthetic_inputs(small_cnn, (3, 8, 8), 16)
     assert torch.equal(found, pink_noise(16, (3, 8, 8), torch.Generator().manual_seed(0)))
     assert pink_noise(4, (7,), torch.Generator()).shape == (4, 7)
+
+
+class Reader(nn.Module):
+    """Reads tokens by name, with segments and a mask beside them, as transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.segments, self.mix = nn.Embedding(50, 8), nn.Embedding(2, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids: torch.Tensor, token_type_ids: torch.Tensor, attention_mask: torch.Tensor):
+        x = self.words(input_ids.view(-1, input_ids.shape[-1])) + self.segments(token_type_ids)
+        return self.mix(x) * attention_mask[..., None]
+
+
+def test_tokens_are_drawn_from_the_vocabulary_and_all_else_is_the_examples():
+    model = Reader().eval()
+    example = {
+        "input_ids": torch.tensor([[1, 7, 8, 2], [1, 9, 2, 0]]),
+        "token_type_ids": torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+    }
+    before = {name: value.clone() for name, value in example.items()}
+    kind, reason = advice(model, example)
+    assert (kind, "vocabulary of 50" in reason) == ("synthetic", True)
+    batches = synthetic_like(model, example, 200)
+    assert [len(batch["input_ids"]) for batch in batches] == [128, 72]
+    ids = torch.cat([batch["input_ids"] for batch in batches])
+    assert (int(ids[:, 1:-1].min()), int(ids[:, 1:-1].max())) == (0, 49)
+    assert torch.equal(ids[:, [0, -1]], example["input_ids"][:, [0, -1]].repeat(100, 1))
+    for name in ("token_type_ids", "attention_mask"):
+        assert torch.equal(torch.cat([batch[name] for batch in batches]), example[name].repeat(100, 1))
+    again = synthetic_like(model, example, 200)
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again, strict=True))
+    assert all(torch.equal(value, before[name]) for name, value in example.items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    result = compress(model, example, decomposition="svd", budget=Budget(params=0.99))
+    assert result.plan.settings["calibration_samples"] >= 32
+
+    single = nn.Sequential(nn.Embedding(30, 4), nn.Linear(4, 4)).eval()
+    (batch,) = synthetic_like(single, torch.zeros(1, 5, dtype=torch.int64), 3)
+    assert batch[0].shape == (3, 5)
+
+
+def test_what_cannot_be_made_is_said():
+    model, numbers = nn.Linear(4, 4), (torch.zeros(1, 4), torch.zeros(1, 4))
+    assert advice(model, numbers)[0] == "none"
+    with pytest.raises(DataError, match="give a few unlabelled inputs"):
+        synthetic_like(model, numbers)

@@ -23,7 +23,7 @@ from rankfold.models import Source, build_model, load_weights_
 from rankfold.pipeline import Result
 from rankfold.plan import LayerPlan, Plan
 from rankfold.progress import Progress, silent
-from rankfold.synthetic import synthetic_like
+from rankfold.synthetic import synthetic_inputs
 from rankfold.training import Epoch, Losses, Training, fine_tune, split
 
 SYNTHETIC = "synthetic:"
@@ -151,9 +151,7 @@ def _synthetic(data: str, model: nn.Module, shape: tuple[int, ...], seed: int, p
     count = data.removeprefix(SYNTHETIC)
     if not count.isdecimal() or int(count) < 1:
         raise DataError(f"data {data!r}: say how many inputs are to be made, for example synthetic:4096")
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    batches = synthetic_like(model, torch.zeros(1, *shape, dtype=dtype), int(count), seed=seed, progress=progress)
-    x = torch.cat(batches).float().numpy()
+    x = torch.cat(synthetic_inputs(model, shape, int(count), seed=seed, progress=progress)).float().numpy()
     return Dataset(x, np.zeros(len(x), np.int64), shape, Normalisation((0.0,), (1.0,), "none"))
 
 

@@ -6,12 +6,14 @@ refined: each stores the mean and variance of what went through it in training, 
 them hold again (Yin et al., DeepInversion, arXiv 1912.08795, equation 4). What descends is the white noise behind the
 inputs, so that they keep the spectrum and colours of images (Olah et al., Feature Visualization, Distill 2017, on
 preconditioning).
+
+Networks that take tokens are given random ones: no statistics of language, but the range of the embeddings.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -21,11 +23,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rankfold.errors import DataError
-from rankfold.network import Inputs, arguments_of, describe_inputs, evaluating, holds_statistics
+from rankfold.network import Inputs, arguments_of, describe_inputs, evaluating, holds_statistics, run
 from rankfold.progress import Progress, silent
 
 SAMPLES, FEWEST = 512, 32
 """Inputs made by default, at most and at least."""
+TOKENS = 2**13
+"""Tokens drawn by default."""
 POSITIONS = 2**19
 """Positions (pixels) of all of them together, between these bounds."""
 CORRELATION = 0.9
@@ -69,8 +73,11 @@ def coloured(white: Float[Tensor, "n c *places"]) -> Float[Tensor, "n c *places"
 def advice(model: nn.Module, example_inputs: Inputs) -> tuple[str, str]:
     """Which calibration a network is best given when its user has no inputs, "synthetic" or "none", and why."""
     norms, shape = _norms(model), input_shape(example_inputs)
+    tokens = _tokens(model, example_inputs) if shape is None else None
+    if tokens:
+        return "synthetic", f"random tokens of its vocabulary of {tokens[1]:,}; a few real inputs are better"
     if shape is None:
-        return "none", "its inputs are not one tensor of numbers; give a few unlabelled ones"
+        return "none", "its inputs are neither one tensor of numbers nor tokens; give a few unlabelled ones"
     if norms:
         return "synthetic", f"its {len(norms)} batch norms hold the statistics that inputs are matched to"
     if len(shape) < 2:
@@ -91,18 +98,79 @@ def input_shape(example_inputs: Inputs) -> tuple[int, ...] | None:
 
 def synthetic_like(
     model: nn.Module, example_inputs: Inputs, count: int | None = None, *, seed: int = 0, progress: Progress = silent
-) -> list[Tensor]:
+) -> Sequence[Inputs]:
     """Batches of synthetic inputs of the kind of the example inputs; by default as many as their size calls for.
 
-    Raises DataError where these are not one tensor of numbers.
+    Raises DataError where these are neither one tensor of numbers nor tokens.
     """
     shape = input_shape(example_inputs)
-    if shape is None:
+    if shape is not None:
+        return synthetic_inputs(model, shape, count or usual_count(shape), seed=seed, progress=progress)
+    tokens = _tokens(model, example_inputs)
+    if tokens is None:
         raise DataError(
-            f"synthetic inputs are made for one tensor of numbers, not {describe_inputs(example_inputs)}; "
+            f"synthetic inputs are made for one tensor of numbers, or tokens, not {describe_inputs(example_inputs)}; "
             "give a few unlabelled inputs as calibration"
         )
-    return synthetic_inputs(model, shape, count or usual_count(shape), seed=seed, progress=progress)
+    return random_tokens(example_inputs, *tokens, count, seed=seed)
+
+
+def random_tokens(
+    example_inputs: Inputs, place: int | str, vocabulary: int, count: int | None = None, *, seed: int = 0
+) -> list[Inputs]:
+    """Batches like the example inputs, with uniformly drawn tokens in the argument at `place`, a position or a name.
+
+    The first and last token of every row, which often mark its ends, and all other arguments are those of the example's
+    rows, in turn. By default there are `TOKENS` tokens, and at least `FEWEST` rows.
+    """
+    given = _arguments(example_inputs)
+    rows, length = given[place].shape[0], max(given[place][0].numel(), 1)
+    count = count or max(FEWEST, min(SAMPLES, TOKENS // length))
+    generator = torch.Generator().manual_seed(seed)
+    batches: list[Inputs] = []
+    for start in range(0, count, BATCH):
+        chosen = torch.arange(start, min(start + BATCH, count)) % rows
+        batch = {
+            key: value[chosen.to(value.device)] if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
+            for key, value in given.items()
+        }
+        drawn = torch.randint(vocabulary, batch[place].shape, generator=generator)
+        batch[place][:, 1:-1] = drawn[:, 1:-1].to(batch[place])
+        batches.append({str(k): v for k, v in batch.items()} if isinstance(place, str) else tuple(batch.values()))
+    return batches
+
+
+def _arguments(inputs: Inputs) -> dict[int | str, Any]:
+    """What a model is called with, by position or name."""
+    args, kwargs = arguments_of(inputs)
+    return dict(cast(Any, [*enumerate(args), *kwargs.items()]))
+
+
+def _tokens(model: nn.Module, example_inputs: Inputs) -> tuple[int | str, int] | None:
+    """Which argument holds tokens, and out of how many: the rows of the largest embedding that it is an index into."""
+    integers = {
+        k: v
+        for k, v in _arguments(example_inputs).items()
+        if isinstance(v, Tensor) and v.dtype in (torch.int64, torch.int32)
+    }
+    read: list[tuple[int | str, int]] = []
+
+    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        rows = cast(nn.Embedding, module).num_embeddings
+        read.extend(
+            (place, rows) for place, ids in integers.items() if inputs and inputs[0].data_ptr() == ids.data_ptr()
+        )
+
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    handles = [module.register_forward_pre_hook(note) for module in embeddings]
+    try:
+        if integers and embeddings:
+            with evaluating(model), torch.no_grad():
+                run(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(read, key=lambda one: one[1], default=None)
 
 
 def usual_count(shape: tuple[int, ...]) -> int:
