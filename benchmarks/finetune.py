@@ -35,7 +35,7 @@ def main() -> None:
     arguments.add_argument("--case", choices=CASES, required=True)
     arguments.add_argument("--work", type=Path, required=True, help="folder for the compressed and fine-tuned models")
     arguments.add_argument("--epochs", type=int, default=30)
-    arguments.add_argument("--rate", type=float, default=0.02)
+    arguments.add_argument("--rate", type=float, default=0.003)
     arguments.add_argument("--optimiser", default="sgd")
     arguments.add_argument("--decomposition", default="cp3")
     arguments.add_argument("--synthetic", type=int, default=0, help="how many inputs are made, in place of data")

@@ -148,11 +148,10 @@ def _arguments(inputs: Inputs) -> dict[int | str, Any]:
 
 def _tokens(model: nn.Module, example_inputs: Inputs) -> tuple[int | str, int] | None:
     """Which argument holds tokens, and out of how many: the rows of the largest embedding that it is an index into."""
-    integers = {
-        k: v
-        for k, v in _arguments(example_inputs).items()
-        if isinstance(v, Tensor) and v.dtype in (torch.int64, torch.int32)
+    given = {
+        place: ids for place, ids in _arguments(example_inputs).items() if isinstance(ids, Tensor) and ids.ndim > 1
     }
+    integers = {place: ids for place, ids in given.items() if ids.dtype in (torch.int64, torch.int32)}
     read: list[tuple[int | str, int]] = []
 
     def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:

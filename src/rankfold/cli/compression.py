@@ -29,6 +29,7 @@ from rankfold.errors import BudgetError, DataError, ModelError
 if TYPE_CHECKING:
     from rankfold.models import Source
     from rankfold.search import Search
+    from rankfold.training import Training
 
 OBJECTIVES = ("reconstruction", "divergence", "validation")
 
@@ -121,12 +122,11 @@ def compress(
     from rankfold.pipeline import compress as run_compression
 
     limits = Budget.parse(budget)
-    if test and not finetune:
-        raise BudgetError("--test is for --finetune; score a model that is only compressed with evaluate")
     small = out.with_name(f"{out.name}.compressed") if finetune else out
     for target in {out, small}:
         check_target(target)
     source, example, shape = open_model(model, weights, input_shape, seed)
+    training = _training(finetune, test, source, shape, epochs=epochs, augment=augment, seed=seed)
     finder = _search(search, objective, source, shape, data=data, samples=samples, checkpoint=checkpoint)
     with progress_bars(as_json) as progress:
         result = run_compression(
@@ -147,11 +147,9 @@ def compress(
         origin |= {"weights": str(weights.absolute()), "weights_sha256": digest(weights)}
     path = save(result, small, source=origin)
     told, shown = tables.compression_dict(result, path), [tables.compression(result, path)]
-    if finetune:
+    if finetune and training:
         from rankfold.finetuning import fine_tune_saved
-        from rankfold.training import Training
 
-        training = Training(epochs=epochs, augment=augment, seed=seed)
         with progress_bars(as_json) as progress:
             found = fine_tune_saved(small, finetune, out, training=training, test=test, progress=progress)
         told, shown = {**told, "fine_tuning": found.as_dict()}, [*shown, tables.fine_tuning(found)]
@@ -159,6 +157,24 @@ def compress(
         print_json(told)
     else:
         Console().print(*shown, sep="\n\n")
+
+
+def _training(
+    finetune: str | None, test: str | None, source: Source, shape: tuple[int, ...], **settings: Any
+) -> Training | None:
+    """The settings of fine-tuning, if that is asked for; its data are looked at now, not after the compression."""
+    from rankfold.data import open_dataset
+    from rankfold.finetuning import SYNTHETIC
+    from rankfold.training import Training
+
+    if finetune is None:
+        if test is not None:
+            raise DataError("--test is for --finetune; score a model that is only compressed with evaluate")
+        return None
+    for spec in (finetune, test):
+        if spec is not None and not spec.startswith(SYNTHETIC):
+            open_dataset(spec, shape, source.normalised_by(shape[0]))
+    return Training(**settings)
 
 
 def _calibration(spec: str, samples: int | None, source: Source, shape: tuple[int, ...]) -> str | list[Any]:

@@ -25,7 +25,7 @@ def finetune(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 30,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per step, of all processes together.")] = 128,
     optimiser: Annotated[str, typer.Option(help="sgd or adamw.")] = "sgd",
-    rate: Annotated[float, typer.Option(help="Learning rate after the warm-up; falls to zero along a cosine.")] = 0.02,
+    rate: Annotated[float, typer.Option(help="Learning rate after the warm-up; falls to zero along a cosine.")] = 0.003,
     weight_decay: Annotated[float, typer.Option(help="Weight decay of everything but biases and norms.")] = 5e-4,
     clip: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 for none.")] = 5.0,
     ema: Annotated[

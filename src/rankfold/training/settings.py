@@ -26,7 +26,7 @@ class Training:
     epochs: int = 30
     batch_size: int = 128
     optimiser: str = "sgd"
-    rate: float = 0.02
+    rate: float = 0.003
     warmup: int = 200
     momentum: float = 0.9
     weight_decay: float = 5e-4
