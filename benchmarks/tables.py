@@ -75,8 +75,12 @@ def facts(records: list[dict[str, Any]]) -> str:
     """Records of any other kind as a table of all their numbers; what is the same in all is left to `source`."""
     hidden = {"command", "date", "machine", "runs", "data", "examples"}
     keys = list(dict.fromkeys(key for one in records for key in one if key not in hidden))
-    rows = [[cell(one.get(key, "–")) for key in keys] for one in records]
-    return table([key.replace("_", " ") for key in keys], rows)
+    return rows_of(records, {key: key.replace("_", " ") for key in keys})
+
+
+def rows_of(records: list[dict[str, Any]], columns: dict[str, str]) -> str:
+    """The chosen fields of records as a table under the given headings."""
+    return table(list(columns.values()), [[cell(one.get(key, "–")) for key in columns] for one in records])
 
 
 def cell(value: Any) -> str:
@@ -121,11 +125,6 @@ def calibrations(records: list[dict[str, Any]], *, stages: bool) -> str:
         for one in records
     ]
     return table([*header, *(f"{name}, s" for name in names)], rows)
-
-
-def rows_of(records: list[dict[str, Any]], columns: dict[str, str]) -> str:
-    """The chosen fields of records as a table under the given headings."""
-    return table(list(columns.values()), [[cell(one.get(key, "–")) for key in columns] for one in records])
 
 
 def fine_tunings(records: list[dict[str, Any]]) -> str:

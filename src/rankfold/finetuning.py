@@ -82,7 +82,6 @@ def fine_tune_saved(
     """Fine-tunes the model saved in `directory` on `data` and saves it to `out`; the original is its teacher.
 
     `data` is what `open_dataset` takes, or "synthetic:COUNT" for inputs made from the original, which have no labels.
-
     `held_out` examples of the data, a tenth but at most 5,000 by default, are kept for scores after every epoch and
     never trained on; `test` is read once, at the end. `teacher` is another teacher, a MODEL and the file of its
     weights. Beside `out` stands the folder OUT.training with the checkpoint, from which `resume` goes on, and log.csv.
@@ -96,12 +95,14 @@ def fine_tune_saved(
     student = load(directory, source.model)
     load_original_(source.model, plan, weights)
     normalised = source.normalised_by(shape[0])
-    everything = _synthetic(data, source.model, shape, training.seed, progress) or open_dataset(data, shape, normalised)
-    if not labels or data.startswith(SYNTHETIC):
-        losses, labels = replace(losses, task=0.0), False
+    if data.startswith(SYNTHETIC):
+        everything, labels = _synthetic(data, source.model, shape, training.seed, progress), False
+    else:
+        everything = open_dataset(data, shape, normalised)
     tested = open_dataset(test, shape, normalised) if test else None
-    trained_on, chosen = everything, None
-    if labels:
+    if not labels:
+        trained_on, chosen, losses = everything, None, replace(losses, task=0.0)
+    else:
         trained_on, chosen = split(everything, held_out or max(1, min(5000, len(everything) // 10)), training.seed)
     work = target.with_name(f"{target.name}.training")
     trained = fine_tune(
@@ -144,10 +145,8 @@ def fine_tune_saved(
     return found
 
 
-def _synthetic(data: str, model: nn.Module, shape: tuple[int, ...], seed: int, progress: Progress) -> Dataset | None:
-    """Inputs made from the network, where `data` asks for them; the labels are all zero and mean nothing."""
-    if not data.startswith(SYNTHETIC):
-        return None
+def _synthetic(data: str, model: nn.Module, shape: tuple[int, ...], seed: int, progress: Progress) -> Dataset:
+    """As many inputs made from the network as `data` asks for; the labels are all zero and mean nothing."""
     count = data.removeprefix(SYNTHETIC)
     if not count.isdecimal() or int(count) < 1:
         raise DataError(f"data {data!r}: say how many inputs are to be made, for example synthetic:4096")

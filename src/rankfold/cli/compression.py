@@ -163,14 +163,14 @@ def _training(
     finetune: str | None, test: str | None, source: Source, shape: tuple[int, ...], **settings: Any
 ) -> Training | None:
     """The settings of fine-tuning, if that is asked for; its data are looked at now, not after the compression."""
-    from rankfold.data import open_dataset
-    from rankfold.finetuning import SYNTHETIC
-    from rankfold.training import Training
-
     if finetune is None:
         if test is not None:
             raise DataError("--test is for --finetune; score a model that is only compressed with evaluate")
         return None
+    from rankfold.data import open_dataset
+    from rankfold.finetuning import SYNTHETIC
+    from rankfold.training import Training
+
     for spec in (finetune, test):
         if spec is not None and not spec.startswith(SYNTHETIC):
             open_dataset(spec, shape, source.normalised_by(shape[0]))
