@@ -107,6 +107,13 @@ def stage_factors(stages: nn.Module, module: nn.Module, wiring: Wiring, ranks: S
     return tuple(factors)
 
 
+def write_factors_(stages: nn.Module, module: nn.Module, wiring: Wiring, factors: Factors) -> None:
+    """Gives the stages in place of `module` other factors of the same ranks."""
+    with torch.no_grad():
+        for held, new in zip(weights_of_stages(stages), stage_weights(module, wiring, factors), strict=True):
+            held.copy_(new)
+
+
 def weights_of_stages(stages: nn.Module) -> list[nn.Parameter]:
     """The weights of the stages that `factorised` made, in their order."""
     return [cast(nn.Parameter, stage.weight) for stage in stages.children() if type(stage) in LAYER_KINDS]

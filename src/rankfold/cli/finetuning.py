@@ -34,6 +34,9 @@ def finetune(
     augment: Annotated[
         str, typer.Option(help="none, cifar (crop and mirror) or imagenet (random resized crop).")
     ] = "none",
+    damping: Annotated[
+        float, typer.Option(help="How far the terms of CP layers are kept from cancelling, before training; 0: not.")
+    ] = 3e-4,
     precision: Annotated[str, typer.Option(help="auto, no or bf16.")] = "auto",
     task: Annotated[float, typer.Option(help="Weight of the loss on labels.")] = 1.0,
     logits: Annotated[float, typer.Option(help="Weight of the distance from the teacher's softened outputs.")] = 1.0,
@@ -84,6 +87,7 @@ def finetune(
             test=test,
             teacher=(teacher, teacher_weights) if teacher and teacher_weights else None,
             weights=weights,
+            damping=damping,
             resume=resume,
             progress=progress,
         )

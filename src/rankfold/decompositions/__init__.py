@@ -15,6 +15,7 @@ from torch import Tensor
 from rankfold.decompositions.als import alternate, balance, reconstruct, relative_error
 from rankfold.decompositions.cp import CP
 from rankfold.decompositions.cp3 import CP3
+from rankfold.decompositions.damped import damped, sensitivity
 from rankfold.decompositions.expansion import Decomposition, Expansion, Factors, Grid
 from rankfold.decompositions.refine import STEPS, metric_error, refine
 from rankfold.decompositions.ring import RING
@@ -32,6 +33,7 @@ __all__ = [
     "Expansion",
     "Factors",
     "Grid",
+    "damped",
     "decomposition",
     "expand",
     "family_of",
@@ -39,6 +41,7 @@ __all__ = [
     "metric_error",
     "reconstruct",
     "relative_error",
+    "sensitivity",
     "wiring_of",
 ]
 

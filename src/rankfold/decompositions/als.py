@@ -46,9 +46,17 @@ def relative_error(weight: Float64[Tensor, "g o i *taps"], wiring: Wiring, facto
 
 
 def alternate(
-    weight: Float64[Tensor, "g o i *taps"], wiring: Wiring, factors: Factors, *, sweeps: int, tolerance: float = 1e-3
+    weight: Float64[Tensor, "g o i *taps"],
+    wiring: Wiring,
+    factors: Factors,
+    *,
+    sweeps: int,
+    tolerance: float = 1e-3,
+    damping: float = 0.0,
 ) -> Factors:
     """The factors after at most `sweeps` rounds of least squares over one factor at a time.
+
+    With `damping` δ, which is for CP alone, not the squared error alone is lowered but the error + δ Σ_r ‖term r‖².
 
     Each round starts from a point extrapolated along the last step, with Nesterov's growing weights, and falls back to
     the plain point when that made the error rise (Mitchell, Ye and De Sterck, arXiv 1810.05846). For CP on
@@ -60,10 +68,12 @@ def alternate(
         return factors
     previous = current = factors
     error, momentum = relative_error(weight, wiring, factors), 0
+    if damping:
+        error += damping * term_energy(wiring, factors) / total
     for _ in range(sweeps):
         step = max(momentum - 1, 0) / (momentum + 2)
         start = [now + step * (now - before) for now, before in zip(current, previous, strict=True)]
-        found, explained = _sweep(weight, wiring, start if step else list(current))
+        found, explained = _sweep(weight, wiring, start if step else list(current), damping)
         lower = max(1.0 - explained / total, 0.0)
         if not (math.isfinite(lower) and lower < error):
             if not step:
@@ -75,6 +85,15 @@ def alternate(
         if gain < tolerance * error:
             break
     return current
+
+
+def term_energy(wiring: Wiring, factors: Factors) -> float:
+    """Σ_r ‖term r‖², the energies of the rank-one terms of a CP added up."""
+    norms = [
+        torch.linalg.vector_norm(factor.movedim(1 + letters.index(wiring.bonds[0]), 1).flatten(2), dim=-1)
+        for letters, factor in zip(wiring.factors, factors, strict=True)
+    ]
+    return float(torch.stack(norms).prod(0).square().sum())
 
 
 def balance(wiring: Wiring, factors: Factors) -> Factors:
@@ -94,22 +113,22 @@ def balance(wiring: Wiring, factors: Factors) -> Factors:
     )
 
 
-def _sweep(weight: Tensor, wiring: Wiring, factors: list[Tensor]) -> tuple[Factors, float]:
+def _sweep(weight: Tensor, wiring: Wiring, factors: list[Tensor], damping: float) -> tuple[Factors, float]:
     """Every factor solved for in turn, and the energy of the weight that the outcome explains."""
     explained = 0.0
     for position in range(len(factors)):
-        solution, projection = _solve(weight, wiring, factors, position)
+        solution, projection = _solve(weight, wiring, factors, position, damping)
         if solution is not None:
             factors[position], explained = solution, projection
     return tuple(factors), explained
 
 
 def _solve(
-    weight: Tensor, wiring: Wiring, factors: Sequence[Tensor], position: int
+    weight: Tensor, wiring: Wiring, factors: Sequence[Tensor], position: int, damping: float
 ) -> tuple[Tensor, float] | tuple[None, float]:
     """The best factor at `position` with the others fixed, and its inner product with the right-hand side.
 
-    That product is the energy of the weight it explains. None where a Gram matrix is too large to solve with.
+    That product is the energy of the weight it explains, less the damping. None where a Gram matrix is too large to solve with.
     """
     letters = wiring.factors[position]
     others = [(wiring.factors[k], factor) for k, factor in enumerate(factors) if k != position]
@@ -120,7 +139,9 @@ def _solve(
         side = math.prod(right.shape[1 + letters.index(bond)] for bond in bonds)
         if side > LARGEST_GRAM:
             return None, 0.0
-        solution = _apply_inverse(_gram(part, bonds, side), solution, letters, bonds)
+        gram = _gram(part, bonds, side)
+        gram.diagonal(dim1=-2, dim2=-1).mul_(1 + damping)  # of CP: the energies of the terms, without this factor
+        solution = _apply_inverse(gram, solution, letters, bonds)
     return solution, float((solution * right).sum())
 
 

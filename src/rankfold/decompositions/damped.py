@@ -1,0 +1,36 @@
+"""CP without terms that cancel each other: a little error for factors that bear rounding and training.
+
+Least squares alone drives the rank-one terms of a CP to large norms that nearly cancel (De Silva and Lim, SIAM J. Matrix
+Anal. Appl. 30 (2008)). Σ_r ‖term r‖² / ‖Ŵ‖² says how far: it is how much larger a relative error of the factors' entries
+becomes in the weight, squared, and so are the steps of training and the rounding of narrow dtypes. Phan et al., arXiv
+2008.05441, section 3, minimise such a sensitivity under a bound on the error before they fine-tune; here the two are
+added, as ‖W − Ŵ‖² + δ Σ_r ‖term r‖², which keeps least squares in one factor at a time as simple as it was.
+"""
+
+from __future__ import annotations
+
+from rankfold.decompositions.als import alternate, balance, reconstruct, term_energy
+from rankfold.decompositions.expansion import Factors
+from rankfold.wiring import Wiring
+
+SWEEPS = 200
+"""Rounds of least squares, at most."""
+
+
+def sensitivity(wiring: Wiring, factors: Factors) -> float:
+    """Σ_r ‖term r‖² / ‖Ŵ‖² of a CP: at least 1 / rank, and 1 where its terms are orthogonal to each other."""
+    return term_energy(wiring, factors) / max(float(reconstruct(wiring, factors).square().sum()), 1e-300)
+
+
+def damped(wiring: Wiring, factors: Factors, damping: float) -> Factors:
+    """Factors (float64) of nearly the same weight whose terms cancel less; those of another wiring as they are."""
+    if not damping or not is_polyadic(wiring):
+        return factors
+    weight = reconstruct(wiring, factors)
+    found = alternate(weight, wiring, factors, sweeps=SWEEPS, tolerance=1e-4, damping=damping)
+    return balance(wiring, found)
+
+
+def is_polyadic(wiring: Wiring) -> bool:
+    """Whether the wiring is a sum of rank-one terms of three axes or more: one bond, which every factor carries."""
+    return len(wiring.factors) > 2 and len(wiring.bonds) == 1 and all(wiring.bonds[0] in one for one in wiring.factors)
