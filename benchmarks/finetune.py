@@ -39,10 +39,13 @@ def main() -> None:
     arguments.add_argument("--optimiser", default="sgd")
     arguments.add_argument("--decomposition", default="cp3")
     arguments.add_argument("--synthetic", type=int, default=0, help="how many inputs are made, in place of data")
+    arguments.add_argument("--teacher", default="", help="another zoo network, such as cifar10_resnet32")
+    arguments.add_argument("--damping", type=float, default=3e-4)
     given = arguments.parse_args()
     folder = require_data(given)
     label = f"{given.decomposition}-{given.case}{'-synthetic' if given.synthetic else ''}"
-    small, tuned = given.work / label, given.work / f"{label}-{given.epochs}-{given.optimiser}-{given.rate}"
+    run = f"{label}-{given.epochs}-{given.optimiser}-{given.rate}-{given.damping}{given.teacher}"
+    small, tuned = given.work / label, given.work / run
     if not small.exists():
         source, _ = network(folder, "cifar10_resnet20", "cifar10_resnet20", "cifar10/test.npz")
         images = "synthetic" if given.synthetic else unlabelled(folder, source, "cifar10/train.npz")
@@ -51,13 +54,17 @@ def main() -> None:
         weights = folder / "weights" / "cifar10_resnet20.safetensors"
         origin = {"model": "zoo:cifar10_resnet20", "input_shape": [3, 32, 32], "seed": 0}
         save(result, small, source={**origin, "weights": str(weights), "weights_sha256": digest(weights)})
-    training = Training(epochs=given.epochs, optimiser=given.optimiser, rate=given.rate, augment="cifar")
+    teacher = (f"zoo:{given.teacher}", folder / "weights" / f"{given.teacher}.safetensors")
+    training = Training(
+        epochs=given.epochs, optimiser=given.optimiser, rate=given.rate, damping=given.damping, augment="cifar"
+    )
     found = fine_tune_saved(
         small,
         f"synthetic:{given.synthetic}" if given.synthetic else f"npz:{folder / 'cifar10' / 'train.npz'}",
         tuned,
         training=training,
         losses=Losses(),
+        teacher=teacher if given.teacher else None,
         test=f"npz:{folder / 'cifar10' / 'test.npz'}",
         resume=(given.work / f"{tuned.name}.training" / "checkpoint.safetensors").exists(),
         progress=_printed,
@@ -69,12 +76,15 @@ def main() -> None:
         epochs=given.epochs,
         optimiser=given.optimiser,
         rate=given.rate,
+        damping=given.damping,
+        teacher=given.teacher or "original",
         inputs=f"{given.synthetic} synthetic" if given.synthetic else "CIFAR-10 train, 45,000",
         macs_kept=round(kept["macs"], 4),
         params_kept=round(kept["params"], 4),
         base_top1=round(found.test[0], 2),
         compressed_top1=round(found.test[1], 2),
         top1=round(found.test[2], 2),
+        loss=round(found.epochs[-1].loss, 4),
         held_out_top1=[round(epoch.top1 or 0.0, 2) for epoch in found.epochs],
         seconds_per_epoch=round(sum(epoch.seconds for epoch in found.epochs) / len(found.epochs), 1),
         precision=found.precision,
@@ -83,7 +93,7 @@ def main() -> None:
     )
     earlier = sorted(RESULTS.glob("finetune-*.json"))
     kept_records = json.loads(earlier[-1].read_text()) if earlier else []
-    key = ("case", "decomposition", "epochs", "optimiser", "rate", "inputs")
+    key = ("case", "decomposition", "epochs", "optimiser", "rate", "damping", "teacher", "inputs")
     write([*(old for old in kept_records if any(old.get(name) != one[name] for name in key)), one])
 
 

@@ -127,6 +127,15 @@ def calibrations(records: list[dict[str, Any]], *, stages: bool) -> str:
     return table([*header, *(f"{name}, s" for name in names)], rows)
 
 
+FINE_TUNINGS = {
+    "long runs": lambda one: one["epochs"] >= 10 and "synthetic" not in one["inputs"],
+    "formats": lambda one: one["case"] == "third" and "synthetic" not in one["inputs"],
+    "data-free": lambda one: "synthetic" in one["inputs"],
+    "rates": lambda one: one["epochs"] < 10 and one["case"] != "third" and "synthetic" not in one["inputs"],
+}
+"""The parts of fine-tuning's records, by their markers in docs/training.md."""
+
+
 def fine_tunings(records: list[dict[str, Any]]) -> str:
     """Fine-tuned networks: what they cost, and their accuracy at every stage."""
     columns = {
@@ -134,15 +143,22 @@ def fine_tunings(records: list[dict[str, Any]]) -> str:
         "macs_kept": "MACs kept",
         "params_kept": "parameters kept",
         "inputs": "inputs",
+        "teacher": "teacher",
         "epochs": "epochs",
         "optimiser": "optimiser",
         "rate": "rate",
+        "damping": "damping",
+        "loss": "loss of the last epoch",
         "compressed_top1": "compressed, top-1 %",
         "top1": "fine-tuned, top-1 %",
         "base_top1": "base",
         "seconds_per_epoch": "seconds per epoch",
     }
-    return rows_of(sorted(records, key=lambda one: (-one["macs_kept"], one["decomposition"])), columns)
+    order = ("decomposition", "optimiser", "damping", "epochs", "rate")
+    rows = sorted(records, key=lambda one: (-one["macs_kept"], *(one[name] for name in order)))
+    settings = ("inputs", "teacher", "optimiser", "damping", "epochs")
+    same = [key for key in settings if len({one[key] for one in rows}) == 1]
+    return rows_of(rows, {key: title for key, title in columns.items() if key not in same or len(rows) == 1})
 
 
 def fill(path: Path, marker: str, body: str) -> None:
@@ -160,6 +176,7 @@ def main() -> None:
         "calibration": "Calibration: none, synthetic inputs, real ones; no fine-tuning, no labels",
         "minilm_calibration": "Calibration of a sentence transformer",
         "finetune": "ResNet-20 on CIFAR-10, compressed and fine-tuned",
+        "damping": "Damped CP factors",
         "throughput": "Images per second of fine-tuning against a plain loop",
         "lenet_pipeline": "LeNet on MNIST, compressed and fine-tuned in one command",
         "tucker_choices": "Balanced ranks and the closed form, for Tucker and trains",
@@ -204,17 +221,24 @@ def main() -> None:
             continue
         body = f"\n{calibrations(part, stages=False)}\n\n{provenance(part)}"
         fill(ROOT / "docs" / "calibration.md", marker, body)
+    records = newest("published_against_exact")
+    fill(ROOT / "docs" / "search.md", "published", f"\n{against()}\n\n{source(records)}")
+    _fill_training()
+
+
+def _fill_training() -> None:
+    """The tables of docs/training.md, and the one of docs/calibration.md that is made of plain facts."""
     for marker, path in (
         ("minilm_calibration", "calibration"),
         ("throughput", "training"),
+        ("damping", "training"),
         ("lenet_pipeline", "training"),
     ):
         if records := newest(marker):
             fill(ROOT / "docs" / f"{path}.md", marker, f"\n{facts(records)}\n\n{source(records)}")
-    if records := newest("finetune"):
-        fill(ROOT / "docs" / "training.md", "finetune", f"\n{fine_tunings(records)}\n\n{source(records)}")
-    records = newest("published_against_exact")
-    fill(ROOT / "docs" / "search.md", "published", f"\n{against()}\n\n{source(records)}")
+    for marker, belongs in FINE_TUNINGS.items():
+        if part := [one for one in newest("finetune") if belongs(one)]:
+            fill(ROOT / "docs" / "training.md", marker, f"\n{fine_tunings(part)}\n\n{source(part)}")
 
 
 if __name__ == "__main__":

@@ -13,10 +13,21 @@ from tensorly.tenalg import svd_interface
 from torch import nn
 
 from rankfold import PlanError
-from rankfold.decompositions import DECOMPOSITIONS, expand, fit, reconstruct, relative_error, wiring_of
+from rankfold.decompositions import (
+    DECOMPOSITIONS,
+    damped,
+    expand,
+    fit,
+    reconstruct,
+    relative_error,
+    scaled_gradients,
+    sensitivity,
+    wiring_of,
+)
 from rankfold.decompositions.als import alternate
+from rankfold.decompositions.expansion import Factors
 from rankfold.layers import factorised, shape_of, stage_weights, weight_of
-from rankfold.wiring import LayerShape
+from rankfold.wiring import LayerShape, Wiring
 
 SHAPE = LayerShape(12, 10, (3, 3))
 
@@ -87,6 +98,74 @@ def test_alternating_least_squares_never_raises_the_error(name: str, weight: tor
     for sweeps in (1, 2, 4, 8, 16, 32):
         errors.append(relative_error(weight, wiring, alternate(weight, wiring, factors, sweeps=sweeps)))
     assert all(later <= earlier * (1 + 1e-9) for earlier, later in zip(errors, errors[1:], strict=False))
+
+
+@pytest.fixture(scope="module", params=["cp", "cp3"])
+def cancelling(request, weight: torch.Tensor) -> tuple[Wiring, Factors]:
+    """A CP at a high rank, whose terms cancel each other."""
+    return wiring_of(request.param, SHAPE), fit(request.param, weight, SHAPE, (24,), sweeps=400)
+
+
+def test_damping_trades_a_little_error_for_terms_that_cancel_less(cancelling: tuple[Wiring, Factors]):
+    wiring, factors = cancelling
+    held, sensitivities, errors = reconstruct(wiring, factors), [sensitivity(wiring, factors)], [0.0]
+    for damping in (1e-4, 1e-3, 1e-2):
+        found = damped(wiring, factors, damping)
+        sensitivities.append(sensitivity(wiring, found))
+        errors.append(relative_error(held, wiring, found))
+        worth = errors[-1] + damping * sensitivities[-1] * float((reconstruct(wiring, found) / held.norm()).norm() ** 2)
+        assert worth < damping * sensitivities[0]
+    assert sensitivities == sorted(sensitivities, reverse=True)
+    assert errors == sorted(errors)
+    assert sensitivities[2] < sensitivities[0] / 2
+    assert errors[2] < 0.02
+
+
+def test_damping_does_not_depend_on_the_scale(cancelling: tuple[Wiring, Factors]):
+    wiring, factors = cancelling
+    larger = damped(wiring, tuple(10 * factor for factor in factors), 1e-3)
+    expected = reconstruct(wiring, damped(wiring, factors, 1e-3)) * 10 ** len(factors)
+    torch.testing.assert_close(reconstruct(wiring, larger), expected, rtol=1e-5, atol=1e-5 * float(expected.max()))
+
+
+def test_sensitivity_is_how_much_errors_of_the_entries_grow(cancelling: tuple[Wiring, Factors]):
+    wiring, factors = cancelling
+    held, noise, seen = reconstruct(wiring, factors), 1e-4, []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        moved = tuple(
+            one * (1 + noise * torch.randn(one.shape, generator=generator, dtype=one.dtype)) for one in factors
+        )
+        seen.append(relative_error(held, wiring, moved) / (noise**2 * len(factors)))
+    assert np.mean(seen) == pytest.approx(sensitivity(wiring, factors), rel=0.15)
+
+
+@pytest.mark.parametrize("name", sorted(set(DECOMPOSITIONS) - {"cp", "cp3"}))
+def test_only_cp_is_damped(name: str, weight: torch.Tensor):
+    wiring = wiring_of(name, SHAPE)
+    factors = expand(name, weight, SHAPE).factors(tuple(2 for _ in wiring.bonds))
+    assert damped(wiring, factors, 1e-2) is factors
+
+
+@pytest.mark.parametrize("name", list(DECOMPOSITIONS))
+def test_a_scaled_step_is_the_gradient_of_the_weight_projected_on_what_a_factor_can_change(
+    name: str, weight: torch.Tensor
+):
+    wiring = wiring_of(name, SHAPE)
+    torch.manual_seed(0)
+    ranks = (2, 3, 2, 2) if name == "ring" else tuple(3 for _ in wiring.bonds)
+    factors = tuple(3.0 ** torch.randn(1).item() * one for one in expand(name, weight, SHAPE).factors(ranks))
+    gradient = torch.randn_like(weight)
+    variables = tuple(factor.clone().requires_grad_() for factor in factors)
+    own = torch.autograd.grad((gradient * reconstruct(wiring, variables)).sum(), variables)
+    for position, step in enumerate(scaled_gradients(wiring, factors, own, 1e-13)):
+
+        def moved(factor: torch.Tensor, position: int = position) -> torch.Tensor:
+            return reconstruct(wiring, (*factors[:position], factor, *factors[position + 1 :]))
+
+        rest = gradient - moved(step)
+        assert 0 < float(rest.norm()) < float(gradient.norm())
+        assert abs(float((rest * moved(torch.randn_like(step))).sum())) < 1e-7 * float(gradient.norm() * step.norm())
 
 
 def test_gram_matrices_and_svd_give_the_same_numbers():

@@ -20,11 +20,13 @@ from rankfold.data import Dataset, Normalisation
 from rankfold.demo import digits
 from rankfold.evaluation import accuracy
 from rankfold.layers import weight_of
+from rankfold.plan import Plan
 from rankfold.training import Losses, Trained, Training, checkpoints, fine_tune, split
 from rankfold.training.augment import AUGMENTATIONS, PADDING
 from rankfold.training.distillation import Distillation
 from rankfold.training.settings import rate_at
 
+NO_TEACHER = Losses(logits=0.0)
 QUICK = Training(epochs=2, batch_size=16, rate=0.01, warmup=2, precision="no")
 
 
@@ -43,9 +45,9 @@ def images(count: int = 80, classes: int = 4) -> Dataset:
     return Dataset(x, y.astype(np.int64), (3, 8, 8), Normalisation((0.5,) * 3, (0.25,) * 3))
 
 
-def student_of(model: nn.Module) -> tuple[nn.Module, object]:
+def student_of(model: nn.Module, decomposition: str = "svd") -> tuple[nn.Module, Plan]:
     result = compress(
-        model, torch.zeros(1, 3, 8, 8), budget=Budget(params=0.5), decomposition="svd", calibration="none"
+        model, torch.zeros(1, 3, 8, 8), budget=Budget(params=0.5), decomposition=decomposition, calibration="none"
     )
     return result.model, result.plan
 
@@ -68,11 +70,14 @@ def interrupting(after: int):
 
 @pytest.mark.parametrize("after", [5, 7])  # at the end of an epoch, and within the next
 @pytest.mark.parametrize("options", [{"ema": 0.9}, {"optimiser": "adamw", "augment": "cifar"}], ids=["ema", "adamw"])
-def test_a_killed_and_resumed_run_ends_with_the_same_weights(after: int, options: dict, tmp_path: Path):
+@pytest.mark.parametrize("decomposition", ["svd", "cp3"])
+def test_a_killed_and_resumed_run_ends_with_the_same_weights(
+    after: int, options: dict, decomposition: str, tmp_path: Path
+):
     teacher, data = network(dropout=0.2), images()
-    student, _ = student_of(teacher)
+    student, plan = student_of(teacher, decomposition)
     training = replace(QUICK, epochs=3, minutes=1e-9, **options)
-    settings = {"teacher": teacher, "training": training}
+    settings = {"teacher": teacher, "training": training, "plan": plan}
     whole = fine_tune(student, data, **settings, log=tmp_path / "whole.csv")
     place, log = tmp_path / "state.safetensors", tmp_path / "log.csv"
     with pytest.raises(StoppedError):
@@ -87,6 +92,34 @@ def test_a_killed_and_resumed_run_ends_with_the_same_weights(after: int, options
     changed = {**settings, "training": replace(training, rate=0.5)}
     with pytest.raises(TrainingError, match="other settings"):
         fine_tune(student, data, **changed, checkpoint=place, resume=True)
+
+
+def test_training_does_not_depend_on_how_factors_share_the_scale():
+    teacher, data = network(), images()
+    student, plan = student_of(teacher)
+    uneven = copy.deepcopy(student)
+    for layer in plan.decomposed:
+        first, last = (uneven.get_submodule(f"{layer.name}.{stage}").weight.data for stage in (0, 1))
+        first.mul_(20)
+        last.div_(20)
+    ends = {}
+    for scaled in (True, False):
+        training = replace(QUICK, weight_decay=0.0, scaled=scaled)
+        for label, one in (("even", student), ("uneven", uneven)):
+            ends[scaled, label] = fine_tune(one, data, teacher=teacher, plan=plan, training=training).epochs[-1].loss
+    moved, unscaled = (abs(ends[scaled, "uneven"] - ends[scaled, "even"]) for scaled in (True, False))
+    assert moved < 1e-4 < 1e-2 < unscaled
+
+
+def test_factors_of_another_network_than_the_teacher_are_trained_by_their_own():
+    original, data = network(), images()
+    student, plan = student_of(original)
+    torch.manual_seed(1)
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4)).eval()
+    with pytest.raises(TrainingError, match=r"has no such layer"):
+        fine_tune(student, data, teacher=teacher, plan=plan, training=QUICK)
+    trained = fine_tune(student, data, teacher=teacher, plan=plan, original=original, training=QUICK)
+    assert trained.epochs[-1].loss < trained.epochs[0].loss
 
 
 def test_it_leaves_student_teacher_and_random_state_alone():
@@ -189,6 +222,10 @@ def test_losses_by_layer_are_those_of_the_paper():
         (
             lambda: fine_tune(network(), images(), teacher=network(), training=QUICK, losses=Losses(weights=1.0)),
             "the plan of its layers",
+        ),
+        (
+            lambda: fine_tune(network(), images(), plan=student_of(network())[1], losses=NO_TEACHER, training=QUICK),
+            "give it as `original`",
         ),
         (lambda: fine_tune(network(), images(8), losses=Losses(logits=0.0)), "change the batch size"),
         (lambda: fine_tune(network(), images(), losses=Losses(logits=0.0), resume=True), "nothing to resume from"),

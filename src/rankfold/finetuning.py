@@ -20,12 +20,11 @@ from rankfold.errors import DataError
 from rankfold.evaluation import accuracy, latency
 from rankfold.layers import shape_of, stage_factors, weight_of
 from rankfold.models import Source, build_model, load_weights_
-from rankfold.network import duplicate
 from rankfold.pipeline import Result
 from rankfold.plan import LayerPlan, Plan
 from rankfold.progress import Progress, silent
 from rankfold.synthetic import synthetic_inputs
-from rankfold.training import DAMPING, Epoch, Losses, Training, damp_, fine_tune, split
+from rankfold.training import Epoch, Losses, Training, fine_tune, split
 
 SYNTHETIC = "synthetic:"
 STAGES = ("original", "compressed", "fine-tuned")
@@ -77,7 +76,6 @@ def fine_tune_saved(
     test: str | None = None,
     teacher: tuple[str, str | Path] | None = None,
     weights: str | Path | None = None,
-    damping: float = DAMPING,
     resume: bool = False,
     progress: Progress = silent,
 ) -> FineTuning:
@@ -86,7 +84,7 @@ def fine_tune_saved(
     `data` is what `open_dataset` takes, or "synthetic:COUNT" for inputs made from the original, which have no labels.
     `held_out` examples of the data, a tenth but at most 5,000 by default, are kept for scores after every epoch and
     never trained on; `test` is read once, at the end. `teacher` is another teacher, a MODEL and the file of its
-    weights. `damping` is that of CP layers before training, see `damp_`. Beside `out` stands the folder OUT.training with the checkpoint, from which `resume` goes on, and log.csv.
+    weights. Beside `out` stands the folder OUT.training with the checkpoint, from which `resume` goes on, and log.csv.
     """
     training, losses = training or Training(), losses or Losses()
     target = Path(out).absolute()
@@ -107,13 +105,12 @@ def fine_tune_saved(
     else:
         trained_on, chosen = split(everything, held_out or max(1, min(5000, len(everything) // 10)), training.seed)
     work = target.with_name(f"{target.name}.training")
-    start_from = duplicate(student)
-    damp_(start_from, source.model, plan, damping, progress=progress)
     trained = fine_tune(
-        start_from,
+        student,
         trained_on,
         teacher=_teacher(teacher) if teacher else source.model,
         plan=plan,
+        original=source.model,
         training=training,
         losses=losses,
         held_out=chosen,
@@ -127,7 +124,6 @@ def fine_tune_saved(
         **plan.settings,
         "training": {**asdict(training), "precision": trained.precision},
         "losses": {name: value for name, value in asdict(losses).items() if name != "criterion"},
-        "damping": damping,
         "training_data": data,
         "training_examples": len(trained_on),
         "metric": "frobenius, after fine-tuning",

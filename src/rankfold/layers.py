@@ -78,7 +78,15 @@ def module_weight(layer: LayerSpec, weight: Float[Tensor, "g o i *taps"]) -> Ten
 
 def stage_weights(module: nn.Module, wiring: Wiring, factors: Factors) -> list[nn.Parameter]:
     """The factors as the weights of the stages that run them, in the module's dtype and on its device."""
-    shape, original = shape_of(module), cast(nn.Parameter, module.weight)
+    original = cast(nn.Parameter, module.weight)
+    return [
+        nn.Parameter(weight.to(original.device, original.dtype).contiguous(), requires_grad=original.requires_grad)
+        for weight in as_stage_weights(shape_of(module), wiring, factors)
+    ]
+
+
+def as_stage_weights(shape: LayerShape, wiring: Wiring, factors: Factors) -> list[Tensor]:
+    """The factors, or their gradients, in the shapes of the stages' weights."""
     weights = []
     for letters, order, stage, factor in zip(
         wiring.factors, _stage_orders(shape, wiring), wiring.stages, factors, strict=True
@@ -87,17 +95,19 @@ def stage_weights(module: nn.Module, wiring: Wiring, factors: Factors) -> list[n
         sizes = dict(zip(letters, factor.shape[1:], strict=True))
         kernel = [sizes[axis] if axis in stage.taps else 1 for axis in shape.axes]
         rows, columns = (product(sizes, axes) for axes in order)
-        weight = moved.reshape(shape.groups * rows, columns, *kernel).to(original.device, original.dtype)
-        weights.append(nn.Parameter(weight.contiguous(), requires_grad=original.requires_grad))
+        weights.append(moved.reshape(shape.groups * rows, columns, *kernel))
     return weights
 
 
 def stage_factors(stages: nn.Module, module: nn.Module, wiring: Wiring, ranks: Sequence[int]) -> Factors:
     """The factors that the stages in place of `module` hold, in their dtype; differentiable in the stages' weights."""
-    shape = shape_of(module)
+    return as_factors(weights_of_stages(stages), shape_of(module), wiring, ranks)
+
+
+def as_factors(weights: Sequence[Tensor], shape: LayerShape, wiring: Wiring, ranks: Sequence[int]) -> Factors:
+    """The factors in tensors of the shapes of the stages' weights, or their gradients."""
     sizes = cast(dict[str, int], wiring.sizes(shape, list(ranks)))
     factors = []
-    weights = weights_of_stages(stages)
     for letters, order, stage, weight in zip(
         wiring.factors, _stage_orders(shape, wiring), wiring.stages, weights, strict=True
     ):
@@ -109,9 +119,10 @@ def stage_factors(stages: nn.Module, module: nn.Module, wiring: Wiring, ranks: S
 
 def write_factors_(stages: nn.Module, module: nn.Module, wiring: Wiring, factors: Factors) -> None:
     """Gives the stages in place of `module` other factors of the same ranks."""
+    new = as_stage_weights(shape_of(module), wiring, factors)
     with torch.no_grad():
-        for held, new in zip(weights_of_stages(stages), stage_weights(module, wiring, factors), strict=True):
-            held.copy_(new)
+        for held, weight in zip(weights_of_stages(stages), new, strict=True):
+            held.copy_(weight)
 
 
 def weights_of_stages(stages: nn.Module) -> list[nn.Parameter]:

@@ -14,7 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from rankfold import Budget, compress
 from rankfold.curves import measure_layer
 from rankfold.decompositions import DECOMPOSITIONS, expand, family_of, fit, reconstruct, relative_error, wiring_of
-from rankfold.layers import FLOATS, LAYER_KINDS, factorised, shape_of, stage_factors, stage_weights, weight_of
+from rankfold.layers import (
+    FLOATS,
+    LAYER_KINDS,
+    factorised,
+    shape_of,
+    stage_factors,
+    stage_weights,
+    weight_of,
+    write_factors_,
+)
 from rankfold.network import find_layers
 
 each_name = pytest.mark.parametrize("name", NAMES)
@@ -85,6 +94,9 @@ def test_stages_give_back_the_factors_they_were_made_from(case: Case, name: str)
     stages = factorised(module, wiring, ranks, stage_weights(module, wiring, factors))
     for found, factor in zip(stage_factors(stages, module, wiring, ranks), factors, strict=True):
         assert torch.equal(found, factor.float())
+    write_factors_(stages, module, wiring, tuple(2 * factor for factor in factors))
+    for found, factor in zip(stage_factors(stages, module, wiring, ranks), factors, strict=True):
+        assert torch.equal(found, 2 * factor.float())
 
 
 @each_case

@@ -27,7 +27,7 @@ def finetune(
     optimiser: Annotated[str, typer.Option(help="sgd or adamw.")] = "sgd",
     rate: Annotated[float, typer.Option(help="Learning rate after the warm-up; falls to zero along a cosine.")] = 0.003,
     weight_decay: Annotated[float, typer.Option(help="Weight decay of everything but biases and norms.")] = 5e-4,
-    clip: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 for none.")] = 5.0,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 for none.")] = 20.0,
     ema: Annotated[
         float, typer.Option(help="Decay per step of an average of the weights, such as 0.999; 0: none.")
     ] = 0.0,
@@ -37,6 +37,7 @@ def finetune(
     damping: Annotated[
         float, typer.Option(help="How far the terms of CP layers are kept from cancelling, before training; 0: not.")
     ] = 3e-4,
+    scaled: Annotated[bool, typer.Option(help="SGD along the gradients of what the factors stand for.")] = True,
     precision: Annotated[str, typer.Option(help="auto, no or bf16.")] = "auto",
     task: Annotated[float, typer.Option(help="Weight of the loss on labels.")] = 1.0,
     logits: Annotated[float, typer.Option(help="Weight of the distance from the teacher's softened outputs.")] = 1.0,
@@ -68,6 +69,8 @@ def finetune(
         rate=rate,
         weight_decay=weight_decay,
         clip=clip,
+        damping=damping,
+        scaled=scaled,
         ema=ema,
         augment=augment,
         precision=precision,
@@ -87,7 +90,6 @@ def finetune(
             test=test,
             teacher=(teacher, teacher_weights) if teacher and teacher_weights else None,
             weights=weights,
-            damping=damping,
             resume=resume,
             progress=progress,
         )

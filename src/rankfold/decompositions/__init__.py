@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from rankfold.decompositions.als import alternate, balance, reconstruct, relative_error
+from rankfold.decompositions.als import alternate, balance, reconstruct, relative_error, scaled_gradients
 from rankfold.decompositions.cp import CP
 from rankfold.decompositions.cp3 import CP3
 from rankfold.decompositions.damped import damped, sensitivity
@@ -41,6 +41,7 @@ __all__ = [
     "metric_error",
     "reconstruct",
     "relative_error",
+    "scaled_gradients",
     "sensitivity",
     "wiring_of",
 ]

@@ -13,7 +13,7 @@ large as the weight times the rank, is never formed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -96,6 +96,25 @@ def term_energy(wiring: Wiring, factors: Factors) -> float:
     return float(torch.stack(norms).prod(0).square().sum())
 
 
+def scaled_gradients(wiring: Wiring, factors: Factors, gradients: Sequence[Tensor], ridge: float) -> Factors:
+    """The gradient by every factor times the inverse Gram matrix of the others, so that steps are those of the weight.
+
+    A step along a factor's own gradient moves the weight by Γ, the Gram matrix of the others, times as much: far in
+    some directions and hardly in others. Divided by Γ it is the weight's gradient, projected on what the factor can
+    change, whatever the scale and the condition of the factors. Tong, Ma and Chi, arXiv 2005.08898, for matrices, Tong
+    et al., arXiv 2104.14526, for Tucker; here for every wiring, since all are linear in each factor. `ridge` is added
+    to Γ as a share of its mean diagonal. In the factors' dtype.
+    """
+    found = []
+    for position, gradient in enumerate(gradients):
+        others = [(wiring.factors[k], factor) for k, factor in enumerate(factors) if k != position]
+        letters = wiring.factors[position]
+        for part, bonds, side in _sides(letters, others, gradient):
+            gradient = _apply_inverse(_gram(part, bonds, side), gradient, letters, bonds, ridge)
+        found.append(gradient)
+    return tuple(found)
+
+
 def balance(wiring: Wiring, factors: Factors) -> Factors:
     """The same weight with its scale shared out evenly, so that no factor overflows a narrow dtype.
 
@@ -128,15 +147,12 @@ def _solve(
 ) -> tuple[Tensor, float] | tuple[None, float]:
     """The best factor at `position` with the others fixed, and its inner product with the right-hand side.
 
-    That product is the energy of the weight it explains, less the damping. None where a Gram matrix is too large to solve with.
+    That product is the energy of the weight it explains, less the damping. None where a Gram matrix is too large.
     """
     letters = wiring.factors[position]
     others = [(wiring.factors[k], factor) for k, factor in enumerate(factors) if k != position]
     solution = right = _contract([(weight_axes(wiring), weight), *others], letters)
-    for part in _connected(others):
-        joined = "".join(letter for letter, _ in part)
-        bonds = "".join(bond for bond in letters if bond.isupper() and bond in joined)
-        side = math.prod(right.shape[1 + letters.index(bond)] for bond in bonds)
+    for part, bonds, side in _sides(letters, others, right):
         if side > LARGEST_GRAM:
             return None, 0.0
         gram = _gram(part, bonds, side)
@@ -145,7 +161,17 @@ def _solve(
     return solution, float((solution * right).sum())
 
 
-def _gram(part: Sequence[tuple[str, Tensor]], bonds: str, side: int) -> Float64[Tensor, "g n n"]:
+def _sides(
+    letters: str, others: Sequence[tuple[str, Tensor]], factor: Tensor
+) -> Iterator[tuple[list[tuple[str, Tensor]], str, int]]:
+    """The parts that the other factors fall into, the bonds that each shares with `factor`, and their joint size."""
+    for part in _connected(others):
+        joined = "".join(letter for letter, _ in part)
+        bonds = "".join(bond for bond in letters if bond.isupper() and bond in joined)
+        yield part, bonds, math.prod(factor.shape[1 + letters.index(bond)] for bond in bonds)
+
+
+def _gram(part: Sequence[tuple[str, Tensor]], bonds: str, side: int) -> Float[Tensor, "g n n"]:
     """Gram matrix of a part of the network over its open `bonds`: the part contracted with itself."""
     inner = {letter for letters, _ in part for letter in letters if letter.isupper()}
     prime = {letter: chr(ord(letter) + 0x100) for letter in inner}
@@ -155,13 +181,13 @@ def _gram(part: Sequence[tuple[str, Tensor]], bonds: str, side: int) -> Float64[
     return gram.reshape(len(gram), side, side)
 
 
-def _apply_inverse(gram: Tensor, right: Tensor, letters: str, bonds: str) -> Tensor:
-    """`right` with the inverse of `gram` applied along its axes `bonds`."""
+def _apply_inverse(gram: Tensor, right: Tensor, letters: str, bonds: str, share: float = _RIDGE) -> Tensor:
+    """`right` with the inverse of `gram`, ridged by a share of its mean diagonal, applied along its axes `bonds`."""
     rest = "".join(letter for letter in letters if letter not in bonds)
     order = [1 + letters.index(letter) for letter in bonds + rest]
     moved = right.permute(0, *order)
-    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-300)[:, None, None]
-    ridge = _RIDGE * scale * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(gram.dtype).tiny)[:, None, None]
+    ridge = share * scale * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     columns = moved.reshape(*gram.shape[:2], -1)
     triangle, failed = torch.linalg.cholesky_ex(gram + ridge)
     if failed.any():

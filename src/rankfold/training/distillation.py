@@ -23,6 +23,7 @@ from rankfold.errors import TrainingError
 from rankfold.layers import shape_of, stage_factors, weight_of
 from rankfold.objectives import output_of, softened
 from rankfold.plan import LayerPlan, Plan
+from rankfold.training.geometry import check_place
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Distillation:
         self.losses, self.student, self.teacher = losses, student, teacher
         self.layers = plan.decomposed if plan and losses.by_layer else ()
         for layer in self.layers:
-            _check_place(cast(nn.Module, teacher), layer)
+            check_place(cast(nn.Module, teacher), layer)
 
     def __call__(self, run: Callable[[Tensor], Any], x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """The weighted terms for a batch, by name; `run` is the student, wrapped or not."""
@@ -131,15 +132,3 @@ class Distillation:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _check_place(teacher: nn.Module, layer: LayerPlan) -> None:
-    try:
-        weight = tuple(cast(Tensor, teacher.get_submodule(layer.name).weight).shape)
-    except AttributeError:
-        weight = ()
-    if weight != layer.weight:
-        raise TrainingError(
-            f"{layer.name}: the teacher has no such layer of weight {layer.weight}; losses by layer need the original "
-            "as the teacher, so set their weights to zero"
-        )

@@ -28,6 +28,7 @@ from rankfold.training import checkpoints
 from rankfold.training.augment import augmentation
 from rankfold.training.checkpoints import Checkpoint
 from rankfold.training.distillation import Distillation, Losses
+from rankfold.training.geometry import Geometry
 from rankfold.training.log import Log
 from rankfold.training.settings import Training, rate_at
 from rankfold.training.synchronised import synchronise_norms_
@@ -72,6 +73,7 @@ def fine_tune(
     *,
     teacher: nn.Module | None = None,
     plan: Plan | None = None,
+    original: nn.Module | None = None,
     training: Training | None = None,
     losses: Losses | None = None,
     held_out: Dataset | None = None,
@@ -82,10 +84,11 @@ def fine_tune(
 ) -> Trained:
     """A fine-tuned copy of `student`, taught by `teacher` on the inputs and labels of `data`.
 
-    `plan` is needed for losses by layer. `held_out` is scored after every epoch, in the main process. `checkpoint` is
-    the file that the state is kept in; with `resume` an earlier run with the same settings goes on from there. `log`
-    is a CSV file with a line per step. Raises TrainingError for settings that do not fit, and for a loss that is not
-    finite, with the last checkpoint kept.
+    `plan` says how `student` was made from `original`, which is the teacher where no other network is given; factors
+    are then trained as the weights they stand for, and losses by layer can be asked for. `held_out` is scored after
+    every epoch, in the main process. `checkpoint` is the file that the state is kept in; with `resume` an earlier run
+    with the same settings goes on from there. `log` is a CSV file with a line per step. Raises TrainingError for
+    settings that do not fit, and for a loss that is not finite, with the last checkpoint kept.
     """
     training, losses = training or Training(), losses or Losses()
     if resume and checkpoint is None:
@@ -93,7 +96,9 @@ def fine_tune(
     found = checkpoints.read(checkpoint) if resume and checkpoint else None
     precision = found.facts.get("precision", "no") if found else training.precision
     with torch.random.fork_rng():
-        run = _Run(student, data, teacher, plan, training=training, losses=losses, precision=precision)
+        run = _Run(
+            student, data, teacher, plan, original or teacher, training=training, losses=losses, precision=precision
+        )
         if found:
             run.restore(found)
         began = run.state.step
@@ -119,6 +124,7 @@ class _Run:
         data: Dataset,
         teacher: nn.Module | None,
         plan: Plan | None,
+        original: nn.Module | None,
         *,
         training: Training,
         losses: Losses,
@@ -136,6 +142,11 @@ class _Run:
         self.dtype = next(p.dtype for p in student.parameters() if p.is_floating_point())
         self.student = self._placed(student).train()
         self.teacher = self._placed(teacher).eval().requires_grad_(False) if teacher else None
+        if plan is not None and original is None:
+            raise TrainingError("a plan needs the network it is of; give it as `original`, or as the teacher")
+        self.geometry = Geometry(self.student, cast(nn.Module, original), plan) if plan is not None else None
+        if self.geometry and training.damping:
+            self.geometry.damp_(training.damping)
         if self.world > 1:
             synchronise_norms_(self.student)
         self.distillation = Distillation(losses, self.student, self.teacher, plan)
@@ -232,8 +243,7 @@ class _Run:
             terms = self.distillation(self.call, x, y)
         self.optimiser.zero_grad()
         self.accelerator.backward(torch.stack(list(terms.values())).sum())
-        if self.training.clip:
-            self.accelerator.clip_grad_norm_(self.student.parameters(), self.training.clip)
+        self._shape_gradients_()
         self.optimiser.step()
         decay = min(self.training.ema, (1 + self.state.step) / (10 + self.state.step))
         for name, tensor in self._floats() if self.average else ():
@@ -252,6 +262,20 @@ class _Run:
     def _floats(self) -> list[tuple[str, Tensor]]:
         """Parameters and buffers that an average makes sense of."""
         return [(n, t.detach()) for n, t in self.student.state_dict().items() if t.is_floating_point()]
+
+    def _shape_gradients_(self) -> None:
+        """Scales the gradients of factors, and limits the norm of all."""
+        clip = self.training.clip
+        if self.geometry and self.training.scaled and self.training.optimiser == "sgd":
+            energy = self.geometry.scale_()
+            factors = self.geometry.parameters
+            gradients = [one.grad for one in self.student.parameters() if one.grad is not None]
+            rest = [one.grad for one in self.student.parameters() if one.grad is not None and one not in factors]
+            norm = torch.stack([energy, *(one.square().sum() for one in rest)]).sum().sqrt()
+            if clip:
+                torch._foreach_mul_(gradients, (clip / norm.clamp_min(clip)))
+        elif clip:
+            self.accelerator.clip_grad_norm_(self.student.parameters(), clip)
 
     def _close_epoch(self, held_out: Dataset | None) -> None:
         state = self.state

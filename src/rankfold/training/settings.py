@@ -18,9 +18,12 @@ class Training:
 
     `batch_size` is that of all processes together; the last, smaller batch of an epoch is left out. `rate` is the
     learning rate after a linear warm-up of `warmup` steps, from which it falls to zero along a cosine. `clip` limits
-    the norm of the gradient. `ema` is the decay per step of an average of the weights, which is the result; zero: the
-    weights themselves. `precision` is that of the passes; "auto" takes bfloat16 where a trial shows it is faster.
-    `minutes` is how long a checkpoint may be old, besides the one of every epoch.
+    the norm of the gradient. `damping` is how far the terms of CP layers are kept from cancelling, before training, and
+    `scaled` says whether SGD steps along the gradients of the weights that the factors stand for, see
+    `rankfold.training.geometry`; both need the plan, and both do nothing to layers that stayed dense. `ema` is the
+    decay per step of an average of the weights, which is the result; zero: the weights themselves. `precision` is that
+    of the passes; "auto" takes bfloat16 where a trial shows it is faster. `minutes` is how long a checkpoint may be
+    old, besides the one of every epoch.
     """
 
     epochs: int = 30
@@ -30,7 +33,9 @@ class Training:
     warmup: int = 200
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    clip: float = 5.0
+    clip: float = 20.0
+    damping: float = 3e-4
+    scaled: bool = True
     ema: float = 0.0
     augment: str = "none"
     precision: str = "auto"
