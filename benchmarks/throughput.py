@@ -13,7 +13,7 @@ import torch
 from common import network, parser, record, require_data, write
 from torch import nn
 
-from rankfold import Budget, compress
+from rankfold import Budget, Result, compress
 from rankfold.data import Dataset
 from rankfold.network import duplicate
 from rankfold.objectives import softened
@@ -43,10 +43,10 @@ def plain(student: nn.Module, teacher: nn.Module, data: Dataset) -> float:
     return STEPS * BATCH / (time.perf_counter() - start)
 
 
-def ours(student: nn.Module, teacher: nn.Module, data: Dataset, precision: str) -> float:
+def ours(result: Result, teacher: nn.Module, data: Dataset, precision: str) -> float:
     """Images per second of `fine_tune`, its own steps alone, and not the trial before them."""
     training = Training(epochs=1, batch_size=BATCH, augment="cifar", precision=precision)
-    trained = fine_tune(student, data, teacher=teacher, training=training)
+    trained = fine_tune(result.model, data, teacher=teacher, plan=result.plan, training=training)
     return STEPS * BATCH / trained.epochs[0].seconds
 
 
@@ -60,7 +60,7 @@ def main() -> None:
     chosen = fine_tune(result.model, data, teacher=source.model, training=Training(epochs=1)).precision
     pairs = []
     for turn in range(ROUNDS + 1):
-        speeds = plain(result.model, source.model, data), ours(result.model, source.model, data, chosen)
+        speeds = plain(result.model, source.model, data), ours(result, source.model, data, chosen)
         if turn:
             pairs.append(speeds)
     ratios = [round(fast / slow, 3) for slow, fast in pairs]

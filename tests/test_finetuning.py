@@ -92,13 +92,26 @@ def test_finetune_from_directory_to_directory(small: Path, tmp_path: Path, capsy
 def test_another_teacher_and_no_labels(small: Path, tmp_path: Path, capsys, monkeypatch):
     out = tmp_path / "tuned"
     teacher = ("--teacher", "zoo:digits", "--teacher-weights", str(ASSETS / "digits.safetensors"))
-    options = ("--no-labels", "--epochs", "1", "--batch-size", "32", "--out", str(out), "--json")
+    options = (
+        "--no-labels",
+        "--no-scaled",
+        "--damping",
+        "0",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "32",
+        "--out",
+        str(out),
+        "--json",
+    )
     code, text, err = run(capsys, monkeypatch, "finetune", str(small), "--data", DATA, *teacher, *options)
     report = json.loads(text)
     assert (code, err) == (0, "")
     assert report["held_out_top1"] == {}
     assert report["epochs"][0]["top1"] is None
     assert load_plan(out).settings["losses"]["logits"] == 1.0
+    assert (load_plan(out).settings["training"]["scaled"], load_plan(out).settings["training"]["damping"]) == (False, 0)
 
 
 def test_inputs_made_from_the_network_take_the_place_of_data(small: Path, tmp_path: Path, capsys, monkeypatch):

@@ -38,7 +38,7 @@ class _Factorised:
 
 
 class Geometry:
-    """The decomposed layers of a student, which is `original` as `plan` compressed it."""
+    """The decomposed layers of a student, which is `original` as `plan` compressed it; one at least."""
 
     def __init__(self, student: nn.Module, original: nn.Module, plan: Plan) -> None:
         self.layers = []
@@ -60,19 +60,19 @@ class Geometry:
     @torch.no_grad()
     def scale_(self) -> Tensor:
         """Scales the gradients of the factors; the squared norm of what they stand for, Σ ⟨old, new⟩."""
-        energies = []
+        energies = [self.layers[0].weights[0].new_zeros(())]
         for layer in self.layers:
             if any(weight.grad is None for weight in layer.weights):
-                continue
+                continue  # frozen
             dtype = torch.promote_types(layer.weights[0].dtype, torch.float32)
             gradients = [cast(Tensor, weight.grad).to(dtype) for weight in layer.weights]
             factors = layer.factors([weight.to(dtype) for weight in layer.weights])
             scaled = scaled_gradients(layer.wiring, factors, layer.factors(gradients), RIDGE)
             back = as_stage_weights(layer.shape, layer.wiring, scaled)
             for weight, old, new in zip(layer.weights, gradients, back, strict=True):
-                energies.append((old * new).sum())
+                energies.append((old * new).sum().to(energies[0]))
                 cast(Tensor, weight.grad).copy_(new)
-        return torch.stack(energies).sum() if energies else torch.zeros(())
+        return torch.stack(energies).sum()
 
     @property
     def parameters(self) -> set[nn.Parameter]:

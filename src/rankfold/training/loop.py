@@ -144,7 +144,8 @@ class _Run:
         self.teacher = self._placed(teacher).eval().requires_grad_(False) if teacher else None
         if plan is not None and original is None:
             raise TrainingError("a plan needs the network it is of; give it as `original`, or as the teacher")
-        self.geometry = Geometry(self.student, cast(nn.Module, original), plan) if plan is not None else None
+        factors = plan is not None and plan.decomposed
+        self.geometry = Geometry(self.student, cast(nn.Module, original), cast(Plan, plan)) if factors else None
         if self.geometry and training.damping:
             self.geometry.damp_(training.damping)
         if self.world > 1:
@@ -269,11 +270,11 @@ class _Run:
         if self.geometry and self.training.scaled and self.training.optimiser == "sgd":
             energy = self.geometry.scale_()
             factors = self.geometry.parameters
-            gradients = [one.grad for one in self.student.parameters() if one.grad is not None]
-            rest = [one.grad for one in self.student.parameters() if one.grad is not None and one not in factors]
-            norm = torch.stack([energy, *(one.square().sum() for one in rest)]).sum().sqrt()
-            if clip:
-                torch._foreach_mul_(gradients, (clip / norm.clamp_min(clip)))
+            gradients = {one: one.grad for one in self.student.parameters() if one.grad is not None}
+            rest = (gradient.square().sum() for one, gradient in gradients.items() if one not in factors)
+            norm = torch.stack([energy, *rest]).sum().sqrt()
+            for gradient in gradients.values() if clip else ():
+                gradient.mul_(clip / norm.clamp_min(clip))
         elif clip:
             self.accelerator.clip_grad_norm_(self.student.parameters(), clip)
 
