@@ -39,21 +39,16 @@ def main() -> None:
     arguments.add_argument("--optimiser", default="sgd")
     arguments.add_argument("--decomposition", default="cp3")
     arguments.add_argument("--synthetic", type=int, default=0, help="how many inputs are made, in place of data")
+    arguments.add_argument("--start", type=Path, help="a fine-tuned model of --work to go on from, in a second run")
     arguments.add_argument("--teacher", default="", help="another zoo network, such as cifar10_resnet32")
     arguments.add_argument("--damping", type=float, default=3e-4)
     given = arguments.parse_args()
     folder = require_data(given)
-    label = f"{given.decomposition}-{given.case}{'-synthetic' if given.synthetic else ''}"
-    run = f"{label}-{given.epochs}-{given.optimiser}-{given.rate}-{given.damping}{given.teacher}"
-    small, tuned = given.work / label, given.work / run
-    if not small.exists():
-        source, _ = network(folder, "cifar10_resnet20", "cifar10_resnet20", "cifar10/test.npz")
-        images = "synthetic" if given.synthetic else unlabelled(folder, source, "cifar10/train.npz")
-        example, budget = torch.zeros(1, 3, 32, 32), CASES[given.case]
-        result = compress(source.model, example, decomposition=given.decomposition, budget=budget, calibration=images)
-        weights = folder / "weights" / "cifar10_resnet20.safetensors"
-        origin = {"model": "zoo:cifar10_resnet20", "input_shape": [3, 32, 32], "seed": 0}
-        save(result, small, source={**origin, "weights": str(weights), "weights_sha256": digest(weights)})
+    small = given.start or prepared(
+        folder, given.work, given.decomposition, given.case, synthetic=bool(given.synthetic)
+    )
+    run = f"{small.name}-{given.epochs}-{given.optimiser}-{given.rate}-{given.damping}{given.teacher}"
+    tuned = given.work / run
     teacher = (f"zoo:{given.teacher}", folder / "weights" / f"{given.teacher}.safetensors")
     training = Training(
         epochs=given.epochs, optimiser=given.optimiser, rate=given.rate, damping=given.damping, augment="cifar"
@@ -78,6 +73,7 @@ def main() -> None:
         rate=given.rate,
         damping=given.damping,
         teacher=given.teacher or "original",
+        start=given.start.name if given.start else "compressed",
         inputs=f"{given.synthetic} synthetic" if given.synthetic else "CIFAR-10 train, 45,000",
         macs_kept=round(kept["macs"], 4),
         params_kept=round(kept["params"], 4),
@@ -93,8 +89,22 @@ def main() -> None:
     )
     earlier = sorted(RESULTS.glob("finetune-*.json"))
     kept_records = json.loads(earlier[-1].read_text()) if earlier else []
-    key = ("case", "decomposition", "epochs", "optimiser", "rate", "damping", "teacher", "inputs")
+    key = ("case", "decomposition", "epochs", "optimiser", "rate", "damping", "teacher", "start", "inputs")
     write([*(old for old in kept_records if any(old.get(name) != one[name] for name in key)), one])
+
+
+def prepared(folder: Path, work: Path, decomposition: str, case: str, *, synthetic: bool = False) -> Path:
+    """The directory of the compressed network, which is made if it is not there."""
+    small = work / f"{decomposition}-{case}{'-synthetic' if synthetic else ''}"
+    if not small.exists():
+        source, _ = network(folder, "cifar10_resnet20", "cifar10_resnet20", "cifar10/test.npz")
+        images = "synthetic" if synthetic else unlabelled(folder, source, "cifar10/train.npz")
+        example, budget = torch.zeros(1, 3, 32, 32), CASES[case]
+        result = compress(source.model, example, decomposition=decomposition, budget=budget, calibration=images)
+        weights = folder / "weights" / "cifar10_resnet20.safetensors"
+        origin = {"model": "zoo:cifar10_resnet20", "input_shape": [3, 32, 32], "seed": 0}
+        save(result, small, source={**origin, "weights": str(weights), "weights_sha256": digest(weights)})
+    return small
 
 
 def _printed(what: str, done: int, total: int, note: str = "", /) -> None:
