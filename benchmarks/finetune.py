@@ -71,6 +71,7 @@ def main() -> None:
         epochs=given.epochs,
         optimiser=given.optimiser,
         rate=given.rate,
+        scaled=training.steps_of_weights,
         damping=given.damping,
         teacher=given.teacher or "original",
         start=given.start.name if given.start else "compressed",
@@ -89,7 +90,7 @@ def main() -> None:
     )
     earlier = sorted(RESULTS.glob("finetune-*.json"))
     kept_records = json.loads(earlier[-1].read_text()) if earlier else []
-    key = ("case", "decomposition", "epochs", "optimiser", "rate", "damping", "teacher", "start", "inputs")
+    key = ("case", "decomposition", "epochs", "optimiser", "rate", "scaled", "damping", "teacher", "start", "inputs")
     write([*(old for old in kept_records if any(old.get(name) != one[name] for name in key)), one])
 
 

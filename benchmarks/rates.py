@@ -1,7 +1,7 @@
 """Which learning rate suits which decomposition and strength, with scaled gradients and with the factors' own.
 
-ResNet-20 on CIFAR-10, calibrated on 512 training images; 80 steps of SGD on batches of 128 augmented training images,
-with the rate rising over 8 of them and falling to zero; the mean loss of the last 20. `--work` as in finetune.py.
+ResNet-20 on CIFAR-10, calibrated on 512 training images; 50 steps of SGD on batches of 128 augmented training images,
+with the rate rising over 5 of them and falling to zero; the mean loss of the last 10. `--work` as in finetune.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rankfold.comparison import rebuild
 from rankfold.training import Training, fine_tune
 
 RATES = (0.001, 0.003, 0.01)
-STEPS, LAST = 80, 20
+STEPS, LAST = 50, 10
 NETWORKS = (("cp3", "half"), ("cp3", "third"), ("cp3", "fifth"), ("spatial", "third"), ("tucker", "third"))
 
 

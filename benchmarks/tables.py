@@ -128,10 +128,10 @@ def calibrations(records: list[dict[str, Any]], *, stages: bool) -> str:
 
 
 FINE_TUNINGS = {
-    "long runs": lambda one: one["epochs"] >= 10 and "synthetic" not in one["inputs"],
+    "long runs": lambda one: one["epochs"] >= 5 and "synthetic" not in one["inputs"],
     "formats": lambda one: one["case"] == "third" and "synthetic" not in one["inputs"],
     "data-free": lambda one: "synthetic" in one["inputs"],
-    "rates": lambda one: one["epochs"] < 10 and one["case"] != "third" and "synthetic" not in one["inputs"],
+    "short runs": lambda one: one["epochs"] < 5 and one["case"] != "third" and "synthetic" not in one["inputs"],
 }
 """The parts of fine-tuning's records, by their markers in docs/training.md."""
 
@@ -147,7 +147,9 @@ def fine_tunings(records: list[dict[str, Any]]) -> str:
         "epochs": "epochs",
         "optimiser": "optimiser",
         "rate": "rate",
+        "scaled": "scaled gradients",
         "damping": "damping",
+        "start": "from",
         "loss": "loss of the last epoch",
         "compressed_top1": "compressed, top-1 %",
         "top1": "fine-tuned, top-1 %",
@@ -156,9 +158,11 @@ def fine_tunings(records: list[dict[str, Any]]) -> str:
     }
     order = ("decomposition", "optimiser", "damping", "epochs", "rate")
     rows = sorted(records, key=lambda one: (-one["macs_kept"], *(one[name] for name in order)))
-    settings = ("inputs", "teacher", "optimiser", "damping", "epochs")
+    settings = ("inputs", "teacher", "start", "optimiser", "scaled", "damping", "epochs")
     same = [key for key in settings if len({one[key] for one in rows}) == 1]
-    return rows_of(rows, {key: title for key, title in columns.items() if key not in same or len(rows) == 1})
+    told = ", ".join(f"{columns[key]} {cell(rows[0][key])}" for key in same)
+    shown = {key: title for key, title in columns.items() if key not in same}
+    return rows_of(rows, shown) + (f"\n\nThe same in all: {told}." if told else "")
 
 
 def fill(path: Path, marker: str, body: str) -> None:
@@ -177,6 +181,7 @@ def main() -> None:
         "minilm_calibration": "Calibration of a sentence transformer",
         "finetune": "ResNet-20 on CIFAR-10, compressed and fine-tuned",
         "damping": "Damped CP factors",
+        "rates": "Learning rates by decomposition and strength",
         "throughput": "Images per second of fine-tuning against a plain loop",
         "lenet_pipeline": "LeNet on MNIST, compressed and fine-tuned in one command",
         "tucker_choices": "Balanced ranks and the closed form, for Tucker and trains",
@@ -232,6 +237,7 @@ def _fill_training() -> None:
         ("minilm_calibration", "calibration"),
         ("throughput", "training"),
         ("damping", "training"),
+        ("rates", "training"),
         ("lenet_pipeline", "training"),
     ):
         if records := newest(marker):

@@ -15,6 +15,7 @@ from torch import nn
 from rankfold import PlanError
 from rankfold.decompositions import (
     DECOMPOSITIONS,
+    als,
     damped,
     expand,
     fit,
@@ -113,12 +114,20 @@ def test_damping_trades_a_little_error_for_terms_that_cancel_less(cancelling: tu
         found = damped(wiring, factors, damping)
         sensitivities.append(sensitivity(wiring, found))
         errors.append(relative_error(held, wiring, found))
-        worth = errors[-1] + damping * sensitivities[-1] * float((reconstruct(wiring, found) / held.norm()).norm() ** 2)
-        assert worth < damping * sensitivities[0]
+        terms = sensitivities[-1] * float(reconstruct(wiring, found).square().sum() / held.square().sum())
+        assert errors[-1] + damping * terms < damping * sensitivities[0]
     assert sensitivities == sorted(sensitivities, reverse=True)
     assert errors == sorted(errors)
     assert sensitivities[2] < sensitivities[0] / 2
     assert errors[2] < 0.02
+
+
+@pytest.mark.parametrize("name", ["cp", "cp3"])
+def test_a_damped_term_that_stands_alone_is_shortened(name: str, weight: torch.Tensor):
+    wiring = wiring_of(name, SHAPE)
+    factors = fit(name, weight, SHAPE, (1,))
+    expected = reconstruct(wiring, factors) / 1.25
+    torch.testing.assert_close(reconstruct(wiring, damped(wiring, factors, 0.25)), expected)
 
 
 def test_damping_does_not_depend_on_the_scale(cancelling: tuple[Wiring, Factors]):
@@ -145,6 +154,32 @@ def test_only_cp_is_damped(name: str, weight: torch.Tensor):
     wiring = wiring_of(name, SHAPE)
     factors = expand(name, weight, SHAPE).factors(tuple(2 for _ in wiring.bonds))
     assert damped(wiring, factors, 1e-2) is factors
+
+
+def test_where_gram_matrices_are_too_large_the_scale_alone_is_taken_out(
+    weight: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+):
+    wiring = wiring_of("ring", SHAPE)
+    factors = expand("ring", weight, SHAPE).factors((2, 3, 2, 2))
+    torch.manual_seed(0)
+    gradients = [torch.randn_like(factor) for factor in factors]
+    monkeypatch.setattr(als, "LARGEST_GRAM", 1)
+    for scale in (1.0, 100.0):
+        grown = tuple(scale * factor for factor in factors)
+        found = scaled_gradients(wiring, grown, gradients, 0.0)
+        for position, (step, gradient) in enumerate(zip(found, gradients, strict=True)):
+            others = [(wiring.factors[k], one) for k, one in enumerate(grown) if k != position]
+            letters = wiring.factors[position]
+            mean = 1.0
+            for part, bonds, side in als._parts(letters, others, gradient):
+                mean *= float(als._gram(part, bonds, side)[0].diagonal().mean())
+            torch.testing.assert_close(step, gradient / mean)
+
+
+def test_what_is_not_finite_stays_so(weight: torch.Tensor):
+    wiring = wiring_of("cp3", SHAPE)
+    factors = tuple(factor * float("nan") for factor in expand("cp3", weight, SHAPE).factors((4,)))
+    assert not any(bool(one.isfinite().all()) for one in scaled_gradients(wiring, factors, factors, 0.01))
 
 
 @pytest.mark.parametrize("name", list(DECOMPOSITIONS))

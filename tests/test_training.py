@@ -21,7 +21,7 @@ from rankfold.demo import digits
 from rankfold.evaluation import accuracy
 from rankfold.layers import weight_of
 from rankfold.plan import Plan
-from rankfold.training import Losses, Trained, Training, checkpoints, fine_tune, split
+from rankfold.training import Geometry, Losses, Trained, Training, checkpoints, fine_tune, split
 from rankfold.training.augment import AUGMENTATIONS, PADDING
 from rankfold.training.distillation import Distillation
 from rankfold.training.settings import rate_at
@@ -116,10 +116,60 @@ def test_factors_of_another_network_than_the_teacher_are_trained_by_their_own():
     student, plan = student_of(original)
     torch.manual_seed(1)
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4)).eval()
-    with pytest.raises(TrainingError, match=r"has no such layer"):
+    with pytest.raises(TrainingError, match=r"has no Conv2d of weight"):
         fine_tune(student, data, teacher=teacher, plan=plan, training=QUICK)
-    trained = fine_tune(student, data, teacher=teacher, plan=plan, original=original, training=QUICK)
+    settings = {"teacher": teacher, "plan": plan, "original": original}
+    trained = fine_tune(student, data, **settings, training=QUICK)
     assert trained.epochs[-1].loss < trained.epochs[0].loss
+    plain = fine_tune(student, data, **settings, training=replace(QUICK, scaled=False))
+    assert trained.epochs[-1].loss != plain.epochs[-1].loss
+    with pytest.raises(TrainingError, match=r"does not have the plan's svd of ranks"):
+        fine_tune(original, data, teacher=teacher, plan=plan, original=original, training=QUICK)
+
+
+def test_the_clipped_norm_is_that_of_all_scaled_steps(monkeypatch: pytest.MonkeyPatch):
+    teacher, data = network(), images()
+    student, plan = student_of(teacher)
+    energies, gradients = [], []
+    scale, step = Geometry.scale_, torch.optim.SGD.step
+
+    def scaled(self: Geometry) -> torch.Tensor:
+        energies.append(scale(self))
+        return energies[-1]
+
+    def stepped(self: torch.optim.SGD, *args: object, **kwargs: object) -> object:
+        gradients.append([[one.grad.clone() for one in group["params"]] for group in self.param_groups])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Geometry, "scale_", scaled)
+    monkeypatch.setattr(torch.optim.SGD, "step", stepped)
+    for clip in (0.0, 1e-3):
+        fine_tune(student, data, teacher=teacher, plan=plan, training=replace(QUICK, epochs=1, clip=clip))
+    assert [layer.name for layer in plan.decomposed] == ["3", "8"]
+    free, clipped = gradients[0], gradients[5]
+    dense = [free[0][0], *free[1]]  # the first convolution; biases and norms
+    norm = (energies[0] + sum(one.square().sum() for one in dense)).sqrt()
+    for one, other in zip([*free[0], *free[1]], [*clipped[0], *clipped[1]], strict=True):
+        torch.testing.assert_close(other, one * 1e-3 / norm)
+
+
+def test_a_frozen_factor_stays_as_it_is():
+    teacher, data = network(), images()
+    student, plan = student_of(teacher, "cp3")
+    assert plan.decomposed[0].name == "3"
+    frozen, last = student[3][1].weight.requires_grad_(False), student[3][2].weight
+    trained = fine_tune(student, data, teacher=teacher, plan=plan, training=QUICK)
+    assert torch.equal(trained.model[3][1].weight, frozen)
+    assert not torch.equal(trained.model[3][2].weight, last)
+    assert trained.epochs[-1].loss < trained.epochs[0].loss
+
+
+def test_a_run_with_scaled_gradients_is_not_resumed_with_others(tmp_path: Path):
+    teacher, data, place = network(), images(), tmp_path / "state.safetensors"
+    student, plan = student_of(teacher)
+    fine_tune(student, data, teacher=teacher, plan=plan, training=QUICK, checkpoint=place)
+    with pytest.raises(TrainingError, match="other settings"):
+        fine_tune(student, data, teacher=teacher, training=QUICK, checkpoint=place, resume=True)
 
 
 def test_it_leaves_student_teacher_and_random_state_alone():
@@ -136,12 +186,14 @@ def test_it_leaves_student_teacher_and_random_state_alone():
     assert not any(module._forward_hooks for module in (*student.modules(), *teacher.modules()))
 
 
-def test_a_run_that_diverges_says_so_and_keeps_its_checkpoint(tmp_path: Path):
+@pytest.mark.parametrize("decomposition", ["none", "svd", "cp3"])
+def test_a_run_that_diverges_says_so_and_keeps_its_checkpoint(decomposition: str, tmp_path: Path):
     teacher, data = network(), images()
+    student, plan = student_of(teacher, decomposition) if decomposition != "none" else (network(), None)
     place = tmp_path / "state.safetensors"
     wild = replace(QUICK, epochs=8, rate=1e18, clip=0.0, warmup=40)
     with pytest.raises(TrainingError, match=r"not finite at step .* learning rate") as failure:
-        fine_tune(network(), data, teacher=teacher, training=wild, checkpoint=place)
+        fine_tune(student, data, teacher=teacher, plan=plan, training=wild, checkpoint=place)
     assert ("is from before" in str(failure.value)) == place.exists()
     if place.exists():
         kept = checkpoints.read(place).groups["model"]
@@ -218,6 +270,8 @@ def test_losses_by_layer_are_those_of_the_paper():
         (lambda: Training(optimiser="lion"), "allowed: sgd, adamw"),
         (lambda: Training(ema=1.0), "decay per step"),
         (lambda: Training(epochs=0), "must be positive"),
+        (lambda: Training(damping=-1.0), "damping -1.0 must be zero"),
+        (lambda: Training(clip=float("nan")), "clip nan must be zero"),
         (lambda: fine_tune(network(), images(), training=QUICK, losses=Losses(logits=1.0)), "need a teacher"),
         (
             lambda: fine_tune(network(), images(), teacher=network(), training=QUICK, losses=Losses(weights=1.0)),
@@ -283,7 +337,8 @@ def test_crops_of_large_images_keep_shape_and_range():
     torch.testing.assert_close(AUGMENTATIONS["imagenet"](flat, torch.zeros(3), torch.Generator()), flat)
 
 
-def test_a_real_network_recovers():
+@pytest.mark.parametrize("decomposition", ["spatial", "cp3"])
+def test_a_real_network_recovers(decomposition: str):
     """The embedded digits network at a third of its MACs, from its training digits; scored on those held out."""
     load_digits = pytest.importorskip("sklearn.datasets").load_digits
     train_test_split = pytest.importorskip("sklearn.model_selection").train_test_split
@@ -293,13 +348,18 @@ def test_a_real_network_recovers():
     x, _, y, _ = train_test_split(pixels, known.target, test_size=360, stratify=known.target, random_state=0)
     data = replace(held_out, x=x, y=y.astype(np.int64))
     result = compress(
-        model, torch.zeros(1, 1, 8, 8), decomposition="spatial", budget=Budget(macs=0.3), calibration="none"
+        model, torch.zeros(1, 1, 8, 8), decomposition=decomposition, budget=Budget(macs=0.2), calibration="none"
     )
     before = accuracy(result.model, held_out).top1
     training, chosen = split(data, 200)
     assert (len(training), len(chosen)) == (1237, 200)
     trained = fine_tune(
-        result.model, training, teacher=model, held_out=chosen, training=Training(epochs=4, batch_size=64, rate=0.02)
+        result.model,
+        training,
+        teacher=model,
+        plan=result.plan,
+        held_out=chosen,
+        training=Training(epochs=4, batch_size=64),
     )
     after = accuracy(trained.model, held_out).top1
     assert after > max(before + 20, 96)
@@ -314,7 +374,7 @@ from test_training import network, images, student_of
 from rankfold.training import Training, Losses, fine_tune
 import torch.distributed as dist
 teacher, data = network(), images()
-student, plan = student_of(teacher)
+student, plan = student_of(teacher, sys.argv[2])
 losses = Losses(weights=0.5, outputs=0.5)
 found = fine_tune(student.double(), data, teacher=teacher.double(), plan=plan, losses=losses, held_out=data,
                   training=Training(epochs=2, batch_size=16, rate=0.05, warmup=2, precision="no", augment="cifar", ema=0.9))
@@ -324,7 +384,8 @@ if not dist.is_initialized() or dist.get_rank() == 0:
 """
 
 
-def test_two_processes_end_where_one_does(tmp_path: Path):
+@pytest.mark.parametrize("decomposition", ["svd", "cp3"])
+def test_two_processes_end_where_one_does(decomposition: str, tmp_path: Path):
     """Gloo over loopback; the same global batches, so the same result up to the order of summation."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
@@ -336,7 +397,10 @@ def test_two_processes_end_where_one_does(tmp_path: Path):
     ):
         out = tmp_path / f"{label}.pt"
         done = subprocess.run(
-            [sys.executable, *launcher, str(script), str(out)], capture_output=True, text=True, env=environment
+            [sys.executable, *launcher, str(script), str(out), decomposition],
+            capture_output=True,
+            text=True,
+            env=environment,
         )
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.split()[-1] == {"one": "1", "two": "2"}[label]

@@ -117,6 +117,12 @@ def as_factors(weights: Sequence[Tensor], shape: LayerShape, wiring: Wiring, ran
     return tuple(factors)
 
 
+def empty_factors(shape: LayerShape, wiring: Wiring, ranks: Sequence[int]) -> Factors:
+    """Uninitialised factors of a layer at the given ranks."""
+    sizes = cast(dict[str, int], wiring.sizes(shape, list(ranks)))
+    return tuple(torch.empty(shape.groups, *wiring.factor_shape(k, sizes)) for k in range(len(wiring.factors)))
+
+
 def write_factors_(stages: nn.Module, module: nn.Module, wiring: Wiring, factors: Factors) -> None:
     """Gives the stages in place of `module` other factors of the same ranks."""
     new = as_stage_weights(shape_of(module), wiring, factors)

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from rankfold.budget import Cost
 from rankfold.decompositions import Factors, fit, metric_error, wiring_of
 from rankfold.errors import ModelError, PlanError, UnknownNameError
-from rankfold.layers import FLOATS, LAYER_KINDS, factorised, shape_of, stage_weights, weight_of
+from rankfold.layers import FLOATS, LAYER_KINDS, empty_factors, factorised, shape_of, stage_weights, weight_of
 from rankfold.metric import IDENTITY, Moment
 from rankfold.plan import LayerPlan, LayerSpec, Plan
 from rankfold.progress import Progress, silent
@@ -268,9 +268,7 @@ def rebuild_(model: nn.Module, plan: Plan) -> None:
         wiring = wiring_of(cast(str, layer.decomposition), shape)
         if len(layer.ranks) != len(wiring.bonds) or min(layer.ranks) < 1:
             raise PlanError(f"{layer.name}: ranks {layer.ranks} do not fit {layer.decomposition}, bonds {wiring.bonds}")
-        sizes = cast(dict[str, int], wiring.sizes(shape, list(layer.ranks)))
-        shapes = [wiring.factor_shape(position, sizes) for position in range(len(wiring.factors))]
-        swap_(model, layer, tuple(torch.empty(shape.groups, *size) for size in shapes))
+        swap_(model, layer, empty_factors(shape, wiring, layer.ranks))
 
 
 def swap_(model: nn.Module, layer: LayerPlan, factors: tuple[Tensor, ...]) -> None:

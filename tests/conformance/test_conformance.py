@@ -11,12 +11,13 @@ from cases import CASES, NAMES, Case
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rankfold import Budget, compress
+from rankfold import Budget, Cost, compress
 from rankfold.curves import measure_layer
 from rankfold.decompositions import DECOMPOSITIONS, expand, family_of, fit, reconstruct, relative_error, wiring_of
 from rankfold.layers import (
     FLOATS,
     LAYER_KINDS,
+    as_factors,
     factorised,
     shape_of,
     stage_factors,
@@ -25,6 +26,8 @@ from rankfold.layers import (
     write_factors_,
 )
 from rankfold.network import find_layers
+from rankfold.plan import LayerPlan, Plan
+from rankfold.training import geometry
 
 each_name = pytest.mark.parametrize("name", NAMES)
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
@@ -97,6 +100,34 @@ def test_stages_give_back_the_factors_they_were_made_from(case: Case, name: str)
     write_factors_(stages, module, wiring, tuple(2 * factor for factor in factors))
     for found, factor in zip(stage_factors(stages, module, wiring, ranks), factors, strict=True):
         assert torch.equal(found, 2 * factor.float())
+
+
+@each_case
+@each_name
+def test_scaled_gradients_of_stages_are_projections_of_the_weight_s(
+    case: Case, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(geometry, "RIDGE", 1e-11)
+    module, ranks = copy.deepcopy(case.module).double(), middle_ranks(case, name)
+    shape, kind, size = shape_of(module), type(module).__name__, tuple(module.weight.shape)
+    wiring, (stages, weight) = wiring_of(name, shape), replaced(module, name, ranks)
+    twin, x = dense(module, weight), example(case, torch.float64)
+    for one in (stages, twin):
+        output = one(x)
+        (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).reshape(output.shape)).sum().backward()
+    twin.weight.data = twin.weight.grad
+    gradient, factors = weight_of(twin), stage_factors(stages, module, wiring, ranks)
+
+    nothing = Cost(0, 0, 0)
+    plan = Plan((LayerPlan("0", kind, size, name, ranks, nothing, nothing),), {}, nothing, nothing)
+    energy = geometry.Geometry(nn.Sequential(stages), nn.Sequential(module), plan).scale_()
+    steps = as_factors([one.weight.grad for one in stages if hasattr(one, "weight")], shape, wiring, ranks)
+    moved = [reconstruct(wiring, (*factors[:k], step, *factors[k + 1 :])) for k, step in enumerate(steps)]
+    torch.testing.assert_close(energy, sum((gradient * one).sum() for one in moved))
+    for k, projection in enumerate(moved):
+        direction = reconstruct(wiring, (*factors[:k], torch.randn_like(factors[k]), *factors[k + 1 :]))
+        rest = ((gradient - projection) * direction).sum()
+        assert abs(float(rest)) < 1e-5 * float(gradient.norm() * direction.norm())
 
 
 @each_case

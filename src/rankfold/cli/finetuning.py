@@ -35,7 +35,8 @@ def finetune(
         str, typer.Option(help="none, cifar (crop and mirror) or imagenet (random resized crop).")
     ] = "none",
     damping: Annotated[
-        float, typer.Option(help="How far the terms of CP layers are kept from cancelling, before training; 0: not.")
+        float,
+        typer.Option(min=0, help="How far the terms of CP layers are kept from cancelling, before training; 0: not."),
     ] = 3e-4,
     scaled: Annotated[bool, typer.Option(help="SGD along the gradients of what the factors stand for.")] = True,
     precision: Annotated[str, typer.Option(help="auto, no or bf16.")] = "auto",

@@ -15,7 +15,7 @@ from torch import Tensor
 from rankfold.decompositions.als import alternate, balance, reconstruct, relative_error, scaled_gradients
 from rankfold.decompositions.cp import CP
 from rankfold.decompositions.cp3 import CP3
-from rankfold.decompositions.damped import damped, sensitivity
+from rankfold.decompositions.damped import damped, is_polyadic, sensitivity
 from rankfold.decompositions.expansion import Decomposition, Expansion, Factors, Grid
 from rankfold.decompositions.refine import STEPS, metric_error, refine
 from rankfold.decompositions.ring import RING
@@ -38,6 +38,7 @@ __all__ = [
     "expand",
     "family_of",
     "fit",
+    "is_polyadic",
     "metric_error",
     "reconstruct",
     "relative_error",

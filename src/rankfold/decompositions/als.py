@@ -56,7 +56,7 @@ def alternate(
 ) -> Factors:
     """The factors after at most `sweeps` rounds of least squares over one factor at a time.
 
-    With `damping` δ, which is for CP alone, not the squared error alone is lowered but the error + δ Σ_r ‖term r‖².
+    With `damping` δ, which is for CP alone, δ Σ_r ‖term r‖² / ‖W‖² is part of the error, here and below.
 
     Each round starts from a point extrapolated along the last step, with Nesterov's growing weights, and falls back to
     the plain point when that made the error rise (Mitchell, Ye and De Sterck, arXiv 1810.05846). For CP on
@@ -97,20 +97,26 @@ def term_energy(wiring: Wiring, factors: Factors) -> float:
 
 
 def scaled_gradients(wiring: Wiring, factors: Factors, gradients: Sequence[Tensor], ridge: float) -> Factors:
-    """The gradient by every factor times the inverse Gram matrix of the others, so that steps are those of the weight.
+    """The gradient by every factor times the inverse Gram matrix of the others: steps of the weight, by each of them.
 
     A step along a factor's own gradient moves the weight by Γ, the Gram matrix of the others, times as much: far in
     some directions and hardly in others. Divided by Γ it is the weight's gradient, projected on what the factor can
     change, whatever the scale and the condition of the factors. Tong, Ma and Chi, arXiv 2005.08898, for matrices, Tong
     et al., arXiv 2104.14526, for Tucker; here for every wiring, since all are linear in each factor. `ridge` is added
-    to Γ as a share of its mean diagonal. In the factors' dtype.
+    to Γ as a share of its mean diagonal; of a Γ with a side above `LARGEST_GRAM` only that mean is used. All factors
+    together move the weight by the sum of their projections. In the factors' dtype; what is not finite stays so.
     """
     found = []
     for position, gradient in enumerate(gradients):
         others = [(wiring.factors[k], factor) for k, factor in enumerate(factors) if k != position]
         letters = wiring.factors[position]
-        for part, bonds, side in _sides(letters, others, gradient):
-            gradient = _apply_inverse(_gram(part, bonds, side), gradient, letters, bonds, ridge)
+        for part, bonds, side in _parts(letters, others, gradient):
+            if side > LARGEST_GRAM:
+                mean = (_trace(part, bonds) / side).clamp_min(torch.finfo(gradient.dtype).tiny)
+                gradient = gradient / mean.reshape(-1, *[1] * (gradient.ndim - 1)) / (1 + ridge)
+            else:
+                gram = _gram(part, bonds, side)
+                gradient = _apply_inverse(gram, gradient, letters, bonds, ridge=ridge, definite=True)
         found.append(gradient)
     return tuple(found)
 
@@ -152,16 +158,17 @@ def _solve(
     letters = wiring.factors[position]
     others = [(wiring.factors[k], factor) for k, factor in enumerate(factors) if k != position]
     solution = right = _contract([(weight_axes(wiring), weight), *others], letters)
-    for part, bonds, side in _sides(letters, others, right):
+    for number, (part, bonds, side) in enumerate(_parts(letters, others, right)):
         if side > LARGEST_GRAM:
             return None, 0.0
         gram = _gram(part, bonds, side)
-        gram.diagonal(dim1=-2, dim2=-1).mul_(1 + damping)  # of CP: the energies of the terms, without this factor
+        if damping and number == 0:  # the diagonal of CP's: the energies of the terms, without this factor
+            gram.diagonal(dim1=-2, dim2=-1).mul_(1 + damping)
         solution = _apply_inverse(gram, solution, letters, bonds)
     return solution, float((solution * right).sum())
 
 
-def _sides(
+def _parts(
     letters: str, others: Sequence[tuple[str, Tensor]], factor: Tensor
 ) -> Iterator[tuple[list[tuple[str, Tensor]], str, int]]:
     """The parts that the other factors fall into, the bonds that each shares with `factor`, and their joint size."""
@@ -173,24 +180,42 @@ def _sides(
 
 def _gram(part: Sequence[tuple[str, Tensor]], bonds: str, side: int) -> Float[Tensor, "g n n"]:
     """Gram matrix of a part of the network over its open `bonds`: the part contracted with itself."""
-    inner = {letter for letters, _ in part for letter in letters if letter.isupper()}
-    prime = {letter: chr(ord(letter) + 0x100) for letter in inner}
-    mirrored = [("".join(prime.get(letter, letter) for letter in letters), factor) for letters, factor in part]
-    opened = bonds + "".join(prime[bond] for bond in bonds)
-    gram = _contract([*part, *mirrored], opened)
+    gram = _contract(_doubled(part, ""), bonds + "".join(_prime(bond) for bond in bonds))
     return gram.reshape(len(gram), side, side)
 
 
-def _apply_inverse(gram: Tensor, right: Tensor, letters: str, bonds: str, share: float = _RIDGE) -> Tensor:
-    """`right` with the inverse of `gram`, ridged by a share of its mean diagonal, applied along its axes `bonds`."""
+def _trace(part: Sequence[tuple[str, Tensor]], bonds: str) -> Float[Tensor, " g"]:
+    """The trace of that matrix, which is never formed."""
+    return _contract(_doubled(part, bonds), "")
+
+
+def _doubled(part: Sequence[tuple[str, Tensor]], joined: str) -> list[tuple[str, Tensor]]:
+    """A part of the network, and itself again with other letters for its bonds, but for the `joined` ones."""
+    apart = {letter: _prime(letter) for letters, _ in part for letter in letters if letter.isupper()}
+    apart |= {letter: letter for letter in joined}
+    return [*part, *(("".join(apart.get(letter, letter) for letter in letters), factor) for letters, factor in part)]
+
+
+def _prime(bond: str) -> str:
+    """Another letter for a bond."""
+    return chr(ord(bond) + 0x100)
+
+
+def _apply_inverse(
+    gram: Tensor, right: Tensor, letters: str, bonds: str, *, ridge: float = _RIDGE, definite: bool = False
+) -> Tensor:
+    """`right` with the inverse of `gram`, to which a share of its mean diagonal is added, applied along `bonds`.
+
+    Least squares takes over where the sum is not positive definite, unless it is said to be.
+    """
     rest = "".join(letter for letter in letters if letter not in bonds)
     order = [1 + letters.index(letter) for letter in bonds + rest]
     moved = right.permute(0, *order)
     scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(gram.dtype).tiny)[:, None, None]
-    ridge = share * scale * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     columns = moved.reshape(*gram.shape[:2], -1)
-    triangle, failed = torch.linalg.cholesky_ex(gram + ridge)
-    if failed.any():
+    added = ridge * scale * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    triangle, failed = torch.linalg.cholesky_ex(gram + added)
+    if not definite and failed.any():
         solved = torch.linalg.lstsq(gram, columns, driver="gelsd" if gram.device.type == "cpu" else None).solution
     else:
         solved = torch.cholesky_solve(columns, triangle)

@@ -3,8 +3,8 @@
 Least squares alone drives the rank-one terms of a CP to large norms that nearly cancel (De Silva and Lim, SIAM J.
 Matrix Anal. Appl. 30 (2008)). Σ_r ‖term r‖² / ‖Ŵ‖² says how far: the square of how much a relative error of a factor's
 entries grows in the weight, be it from a step of training or from rounding to a narrow dtype. Phan et al., arXiv
-2008.05441, minimise such a sensitivity under a bound on the error before they fine-tune; here the two are added, as
-‖W − Ŵ‖² + δ Σ_r ‖term r‖², which keeps least squares in one factor at a time as simple as it was.
+2008.05441, minimise such a sensitivity under a bound on the error before they fine-tune; here the two are added:
+‖Ŵ − Ŵ′‖² + δ Σ_r ‖term r of Ŵ′‖² of the new factors' weight Ŵ′ is least squares in one factor at a time as before.
 """
 
 from __future__ import annotations

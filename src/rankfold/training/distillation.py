@@ -76,7 +76,7 @@ class Distillation:
         self.losses, self.student, self.teacher = losses, student, teacher
         self.layers = plan.decomposed if plan and losses.by_layer else ()
         for layer in self.layers:
-            check_place(cast(nn.Module, teacher), layer)
+            check_place(cast(nn.Module, teacher), layer, "make it the teacher, or set the losses by layer to zero")
 
     def __call__(self, run: Callable[[Tensor], Any], x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """The weighted terms for a batch, by name; `run` is the student, wrapped or not."""

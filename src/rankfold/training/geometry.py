@@ -14,9 +14,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from rankfold.decompositions import damped, scaled_gradients, wiring_of
+from rankfold.decompositions import damped, is_polyadic, scaled_gradients, wiring_of
 from rankfold.errors import TrainingError
-from rankfold.layers import as_factors, as_stage_weights, shape_of, weights_of_stages
+from rankfold.layers import as_factors, as_stage_weights, empty_factors, shape_of, weights_of_stages
 from rankfold.plan import LayerPlan, Plan
 from rankfold.wiring import LayerShape, Wiring
 
@@ -38,40 +38,44 @@ class _Factorised:
 
 
 class Geometry:
-    """The decomposed layers of a student, which is `original` as `plan` compressed it; one at least."""
+    """The decomposed layers of a student, which is `original` as `plan` compressed it; the plan has at least one."""
 
     def __init__(self, student: nn.Module, original: nn.Module, plan: Plan) -> None:
-        self.layers = []
-        for layer in plan.decomposed:
-            check_place(original, layer)
-            shape = shape_of(original.get_submodule(layer.name))
-            wiring = wiring_of(cast(str, layer.decomposition), shape)
-            weights = weights_of_stages(student.get_submodule(layer.name))
-            self.layers.append(_Factorised(weights, shape, wiring, layer.ranks))
+        self.layers = [_factorised(student, original, layer) for layer in plan.decomposed]
 
     @torch.no_grad()
     def damp_(self, damping: float) -> None:
-        """Refits CP layers to nearly the weights they have, so that ‖W − Ŵ‖² + damping Σ_r ‖term r‖² is least."""
+        """Refits CP layers that are trained to nearly the weights Ŵ they have.
+
+        ‖Ŵ − Ŵ′‖² + damping Σ_r ‖term r of Ŵ′‖² of the new factors' weight Ŵ′ is least.
+        """
         for layer in self.layers:
-            found = damped(layer.wiring, layer.factors([weight.double() for weight in layer.weights]), damping)
+            if not is_polyadic(layer.wiring) or not all(weight.requires_grad for weight in layer.weights):
+                continue
+            found = damped(layer.wiring, layer.factors([weight.cpu().double() for weight in layer.weights]), damping)
             for weight, new in zip(layer.weights, as_stage_weights(layer.shape, layer.wiring, found), strict=True):
                 weight.copy_(new)
 
     @torch.no_grad()
     def scale_(self) -> Tensor:
-        """Scales the gradients of the factors; the squared norm of what they stand for, Σ ⟨old, new⟩."""
-        energies = [self.layers[0].weights[0].new_zeros(())]
+        """Scales the gradients of the factors; Σ ⟨gradient, scaled gradient⟩ over all of them.
+
+        That is Σ ‖P G‖² of the weights' gradients G and their projections P on what single factors can change.
+        """
+        dtype = torch.promote_types(self.layers[0].weights[0].dtype, torch.float32)
+        energies = []
         for layer in self.layers:
-            if any(weight.grad is None for weight in layer.weights):
-                continue  # frozen
-            dtype = torch.promote_types(layer.weights[0].dtype, torch.float32)
-            gradients = [cast(Tensor, weight.grad).to(dtype) for weight in layer.weights]
-            factors = layer.factors([weight.to(dtype) for weight in layer.weights])
-            scaled = scaled_gradients(layer.wiring, factors, layer.factors(gradients), RIDGE)
+            held = [weight.to(dtype) for weight in layer.weights]
+            gradients = [
+                torch.zeros_like(one) if weight.grad is None else weight.grad.to(dtype)
+                for weight, one in zip(layer.weights, held, strict=True)
+            ]
+            scaled = scaled_gradients(layer.wiring, layer.factors(held), layer.factors(gradients), RIDGE)
             back = as_stage_weights(layer.shape, layer.wiring, scaled)
             for weight, old, new in zip(layer.weights, gradients, back, strict=True):
-                energies.append((old * new).sum().to(energies[0]))
-                cast(Tensor, weight.grad).copy_(new)
+                energies.append((old * new).sum())
+                if weight.grad is not None:
+                    weight.grad.copy_(new)
         return torch.stack(energies).sum()
 
     @property
@@ -80,14 +84,33 @@ class Geometry:
         return {weight for layer in self.layers for weight in layer.weights}
 
 
-def check_place(model: nn.Module, layer: LayerPlan) -> None:
-    """Raises TrainingError where the model has no such layer as the plan's."""
+def check_place(model: nn.Module, layer: LayerPlan, advice: str) -> None:
+    """Raises TrainingError, with the advice, where the model has no such layer as the plan's."""
     try:
-        weight = tuple(cast(Tensor, model.get_submodule(layer.name).weight).shape)
+        module = model.get_submodule(layer.name)
+        found = (type(module).__name__, tuple(cast(Tensor, module.weight).shape))
     except AttributeError:
-        weight = ()
-    if weight != layer.weight:
+        found = ("", ())
+    if found != (layer.kind, layer.weight):
         raise TrainingError(
-            f"{layer.name}: the network taken for the original has no such layer of weight {layer.weight}; give the "
-            "one that the plan is of, or leave out the plan and the losses by layer"
+            f"{layer.name}: the network taken for the original has no {layer.kind} of weight {layer.weight} there; "
+            f"{advice}"
         )
+
+
+def _factorised(student: nn.Module, original: nn.Module, layer: LayerPlan) -> _Factorised:
+    """A layer's place in the student; raises TrainingError where it is not the plan's."""
+    check_place(original, layer, "give the one that the plan is of as `original`, or leave out the plan")
+    shape = shape_of(original.get_submodule(layer.name))
+    wiring = wiring_of(cast(str, layer.decomposition), shape)
+    try:
+        weights = weights_of_stages(student.get_submodule(layer.name))
+    except AttributeError:
+        weights = []
+    expected = [one.shape for one in as_stage_weights(shape, wiring, empty_factors(shape, wiring, layer.ranks))]
+    if [weight.shape for weight in weights] != expected:
+        raise TrainingError(
+            f"{layer.name}: the student does not have the plan's {layer.decomposition} of ranks {layer.ranks} there; "
+            "give the network and the plan of one compression, or leave out the plan"
+        )
+    return _Factorised(weights, shape, wiring, layer.ranks)

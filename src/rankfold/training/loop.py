@@ -84,11 +84,12 @@ def fine_tune(
 ) -> Trained:
     """A fine-tuned copy of `student`, taught by `teacher` on the inputs and labels of `data`.
 
-    `plan` says how `student` was made from `original`, which is the teacher where no other network is given; factors
-    are then trained as the weights they stand for, and losses by layer can be asked for. `held_out` is scored after
-    every epoch, in the main process. `checkpoint` is the file that the state is kept in; with `resume` an earlier run
-    with the same settings goes on from there. `log` is a CSV file with a line per step. Raises TrainingError for
-    settings that do not fit, and for a loss that is not finite, with the last checkpoint kept.
+    `plan` says how `student` was made from `original`, which is the teacher where no other network is given: CP layers
+    are then damped before the first step, and SGD steps along the gradients of the weights that the factors stand for,
+    see `rankfold.training.geometry`. Losses by layer need the plan too, and compare with the teacher. `held_out` is
+    scored after every epoch, in the main process. `checkpoint` is the file that the state is kept in; with `resume` an
+    earlier run with the same settings goes on from there. `log` is a CSV file with a line per step. Raises
+    TrainingError for settings that do not fit, and for a loss that is not finite, with the last checkpoint kept.
     """
     training, losses = training or Training(), losses or Losses()
     if resume and checkpoint is None:
@@ -97,7 +98,15 @@ def fine_tune(
     precision = found.facts.get("precision", "no") if found else training.precision
     with torch.random.fork_rng():
         run = _Run(
-            student, data, teacher, plan, original or teacher, training=training, losses=losses, precision=precision
+            student,
+            data,
+            teacher,
+            plan,
+            original if original is not None else teacher,
+            training=training,
+            losses=losses,
+            precision=precision,
+            fresh=found is None,
         )
         if found:
             run.restore(found)
@@ -129,6 +138,7 @@ class _Run:
         training: Training,
         losses: Losses,
         precision: str,
+        fresh: bool,
     ) -> None:
         self.training, self.data, self.skeleton = training, data, duplicate(student)
         place = _processes()
@@ -142,11 +152,8 @@ class _Run:
         self.dtype = next(p.dtype for p in student.parameters() if p.is_floating_point())
         self.student = self._placed(student).train()
         self.teacher = self._placed(teacher).eval().requires_grad_(False) if teacher else None
-        if plan is not None and original is None:
-            raise TrainingError("a plan needs the network it is of; give it as `original`, or as the teacher")
-        factors = plan is not None and plan.decomposed
-        self.geometry = Geometry(self.student, cast(nn.Module, original), cast(Plan, plan)) if factors else None
-        if self.geometry and training.damping:
+        self.geometry = _geometry(self.student, original, plan, training)
+        if self.geometry and fresh:
             self.geometry.damp_(training.damping)
         if self.world > 1:
             synchronise_norms_(self.student)
@@ -267,12 +274,12 @@ class _Run:
     def _shape_gradients_(self) -> None:
         """Scales the gradients of factors, and limits the norm of all."""
         clip = self.training.clip
-        if self.geometry and self.training.scaled and self.training.optimiser == "sgd":
+        if self.geometry and self.training.steps_of_weights:
             energy = self.geometry.scale_()
             factors = self.geometry.parameters
             gradients = {one: one.grad for one in self.student.parameters() if one.grad is not None}
-            rest = (gradient.square().sum() for one, gradient in gradients.items() if one not in factors)
-            norm = torch.stack([energy, *rest]).sum().sqrt()
+            rest = (gradient.float().square().sum() for one, gradient in gradients.items() if one not in factors)
+            norm = torch.stack([energy.float(), *rest]).sum().sqrt()
             for gradient in gradients.values() if clip else ():
                 gradient.mul_(clip / norm.clamp_min(clip))
         elif clip:
@@ -302,7 +309,8 @@ class _Run:
     def _settings(self) -> dict[str, Any]:
         """What has to be the same for a run to go on."""
         losses = {name: value for name, value in asdict(self.distillation.losses).items() if name != "criterion"}
-        return {**asdict(self.training), "losses": losses, "examples": len(self.data)}
+        factors = [[*one.weights[0].shape] for one in self.geometry.layers] if self.geometry else []
+        return {**asdict(self.training), "losses": losses, "examples": len(self.data), "factors": factors}
 
     def _faster(self) -> str:
         """bfloat16 where passes of it take less than nine tenths of the time of others, by a trial of two batches."""
@@ -319,6 +327,15 @@ class _Run:
         self.student.load_state_dict(before)
         self.student.zero_grad(set_to_none=True)
         return _agreed("bf16" if seconds["bf16"] < 0.9 * seconds["no"] else "no")
+
+
+def _geometry(student: nn.Module, original: nn.Module | None, plan: Plan | None, training: Training) -> Geometry | None:
+    """The student's factors, where the plan is given and the settings make use of them."""
+    if plan is None or not plan.decomposed or not (training.damping or training.steps_of_weights):
+        return None
+    if original is None:
+        raise TrainingError("a plan needs the network it is of; give it as `original`, or as the teacher")
+    return Geometry(student, original, plan)
 
 
 def _optimiser(model: nn.Module, training: Training) -> torch.optim.Optimizer:

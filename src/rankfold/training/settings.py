@@ -17,13 +17,13 @@ class Training:
     """How to fine-tune.
 
     `batch_size` is that of all processes together; the last, smaller batch of an epoch is left out. `rate` is the
-    learning rate after a linear warm-up of `warmup` steps, from which it falls to zero along a cosine. `clip` limits
-    the norm of the gradient. `damping` is how far the terms of CP layers are kept from cancelling, before training, and
-    `scaled` says whether SGD steps along the gradients of the weights that the factors stand for, see
-    `rankfold.training.geometry`; both need the plan, and both do nothing to layers that stayed dense. `ema` is the
-    decay per step of an average of the weights, which is the result; zero: the weights themselves. `precision` is that
-    of the passes; "auto" takes bfloat16 where a trial shows it is faster. `minutes` is how long a checkpoint may be
-    old, besides the one of every epoch.
+    learning rate after a linear warm-up of `warmup` steps, from which it falls to zero along a cosine. `damping` is how
+    far the terms of CP layers are kept from cancelling, before training, and `scaled` says whether SGD steps along the
+    gradients of the weights that factors stand for, see `rankfold.training.geometry`; both need the plan. `clip` limits
+    the norm of the gradient, for scaled gradients that of the weights' gradients, projected. `ema` is the decay per
+    step of an average of the weights, which is the result; zero: the weights themselves. `precision` is that of the
+    passes; "auto" takes bfloat16 where a trial shows it is faster. `minutes` is how long a checkpoint may be old,
+    besides the one of every epoch.
     """
 
     epochs: int = 30
@@ -52,9 +52,17 @@ class Training:
         for name, value in positive.items():
             if value <= 0:
                 raise TrainingError(f"{name} {value} must be positive")
+        for name in ("damping", "clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise TrainingError(f"{name} {getattr(self, name)} must be zero, for none, or positive")
         if not 0 <= self.ema < 1:
             raise TrainingError(f"ema {self.ema} is a decay per step, from 0 to below 1, for example 0.999")
         augmentation(self.augment)
+
+    @property
+    def steps_of_weights(self) -> bool:
+        """Whether the gradients of factors are scaled."""
+        return self.scaled and self.optimiser == "sgd"
 
 
 def rate_at(training: Training, step: int, total: int) -> float:
