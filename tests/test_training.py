@@ -339,7 +339,7 @@ def test_crops_of_large_images_keep_shape_and_range():
 
 @pytest.mark.parametrize("decomposition", ["spatial", "cp3"])
 def test_a_real_network_recovers(decomposition: str):
-    """The embedded digits network at a third of its MACs, from its training digits; scored on those held out."""
+    """The embedded digits network at a sixth of its MACs, from its training digits; scored on those held out."""
     load_digits = pytest.importorskip("sklearn.datasets").load_digits
     train_test_split = pytest.importorskip("sklearn.model_selection").train_test_split
     model, held_out = digits()
@@ -348,7 +348,7 @@ def test_a_real_network_recovers(decomposition: str):
     x, _, y, _ = train_test_split(pixels, known.target, test_size=360, stratify=known.target, random_state=0)
     data = replace(held_out, x=x, y=y.astype(np.int64))
     result = compress(
-        model, torch.zeros(1, 1, 8, 8), decomposition=decomposition, budget=Budget(macs=0.2), calibration="none"
+        model, torch.zeros(1, 1, 8, 8), decomposition=decomposition, budget=Budget(macs=0.16), calibration="none"
     )
     before = accuracy(result.model, held_out).top1
     training, chosen = split(data, 200)
