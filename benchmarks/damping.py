@@ -7,15 +7,13 @@ ResNet-20 with cp3 at 29.6 % of its MACs and 27.7 % of its parameters, calibrate
 from __future__ import annotations
 
 import time
-from typing import cast
 
 import torch
 from common import network, parser, record, require_data, unlabelled, write
 
 from rankfold import Budget, compress
-from rankfold.decompositions import sensitivity, wiring_of
+from rankfold.decompositions import sensitivity
 from rankfold.evaluation import accuracy
-from rankfold.layers import shape_of, stage_factors
 from rankfold.network import duplicate
 from rankfold.training import Geometry, split
 
@@ -35,13 +33,13 @@ def main() -> None:
     records = []
     for damping in (0.0, 1e-4, 3e-4, 1e-3, 3e-3):
         student, start = duplicate(result.model), time.perf_counter()
-        Geometry(student, source.model, result.plan).damp_(damping)
-        seconds, found = time.perf_counter() - start, []
-        for layer in result.plan.decomposed:
-            module, stages = (one.get_submodule(layer.name) for one in (source.model, student))
-            wiring = wiring_of(cast(str, layer.decomposition), shape_of(module))
-            factors = stage_factors(stages, module, wiring, layer.ranks)
-            found.append(round(sensitivity(wiring, tuple(one.detach().double() for one in factors)), 1))
+        geometry = Geometry(student, source.model, result.plan)
+        geometry.damp_(damping)
+        seconds = time.perf_counter() - start
+        found = [
+            round(sensitivity(layer.wiring, layer.factors([weight.detach().double() for weight in layer.weights])), 1)
+            for layer in geometry.layers
+        ]
         plain = accuracy(student, held_out).top1
         with torch.autocast("cpu", torch.bfloat16):
             narrow = accuracy(student, held_out).top1

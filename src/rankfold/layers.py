@@ -123,12 +123,11 @@ def empty_factors(shape: LayerShape, wiring: Wiring, ranks: Sequence[int]) -> Fa
     return tuple(torch.empty(shape.groups, *wiring.factor_shape(k, sizes)) for k in range(len(wiring.factors)))
 
 
-def write_factors_(stages: nn.Module, module: nn.Module, wiring: Wiring, factors: Factors) -> None:
-    """Gives the stages in place of `module` other factors of the same ranks."""
-    new = as_stage_weights(shape_of(module), wiring, factors)
-    with torch.no_grad():
-        for held, weight in zip(weights_of_stages(stages), new, strict=True):
-            held.copy_(weight)
+@torch.no_grad()
+def write_factors_(weights: Sequence[Tensor], shape: LayerShape, wiring: Wiring, factors: Factors) -> None:
+    """Gives the stages' weights other factors of the same ranks."""
+    for weight, new in zip(weights, as_stage_weights(shape, wiring, factors), strict=True):
+        weight.copy_(new)
 
 
 def weights_of_stages(stages: nn.Module) -> list[nn.Parameter]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from rankfold.calibration import MomentSum, forward_batch, patches_of
 from rankfold.decompositions import Factors, metric_error, reconstruct, wiring_of
 from rankfold.decompositions.refine import refine
-from rankfold.layers import LAYER_KINDS, shape_of, stage_factors, weight_of, write_factors_
+from rankfold.layers import LAYER_KINDS, shape_of, stage_factors, weight_of, weights_of_stages, write_factors_
 from rankfold.metric import IDENTITY, Moment
 from rankfold.network import Inputs, traced
 from rankfold.plan import LayerPlan, Plan
@@ -208,7 +208,7 @@ def _fitted(
         square, cross = pairs.moments(centred, bias)
         target = _regressed(weight, square, cross, [ridge])[0]
         fitted = refine(target, wiring, start, Moment(joint=square, positions=pairs.inputs.positions).shrunk())
-        write_factors_(stages, module, wiring, fitted)
+        write_factors_(weights_of_stages(stages), shape_of(module), wiring, fitted)
     stored = stage_factors(stages, module, wiring, place.layer.ranks)
     return tuple(one.detach().to(weight_of(module).double()) for one in stored)
 

@@ -23,6 +23,7 @@ from rankfold.layers import (
     stage_factors,
     stage_weights,
     weight_of,
+    weights_of_stages,
     write_factors_,
 )
 from rankfold.network import find_layers
@@ -97,7 +98,7 @@ def test_stages_give_back_the_factors_they_were_made_from(case: Case, name: str)
     stages = factorised(module, wiring, ranks, stage_weights(module, wiring, factors))
     for found, factor in zip(stage_factors(stages, module, wiring, ranks), factors, strict=True):
         assert torch.equal(found, factor.float())
-    write_factors_(stages, module, wiring, tuple(2 * factor for factor in factors))
+    write_factors_(weights_of_stages(stages), shape, wiring, tuple(2 * factor for factor in factors))
     for found, factor in zip(stage_factors(stages, module, wiring, ranks), factors, strict=True):
         assert torch.equal(found, 2 * factor.float())
 

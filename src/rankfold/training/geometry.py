@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rankfold.decompositions import damped, is_polyadic, scaled_gradients, wiring_of
 from rankfold.errors import TrainingError
-from rankfold.layers import as_factors, as_stage_weights, empty_factors, shape_of, weights_of_stages
+from rankfold.layers import as_factors, as_stage_weights, empty_factors, shape_of, weights_of_stages, write_factors_
 from rankfold.plan import LayerPlan, Plan
 from rankfold.wiring import LayerShape, Wiring
 
@@ -38,10 +38,14 @@ class _Factorised:
 
 
 class Geometry:
-    """The decomposed layers of a student, which is `original` as `plan` compressed it; the plan has at least one."""
+    """The decomposed layers of a student, which is `original` as `plan` compressed it; the plan has at least one.
+
+    `parameters` are the weights of all their stages.
+    """
 
     def __init__(self, student: nn.Module, original: nn.Module, plan: Plan) -> None:
         self.layers = [_factorised(student, original, layer) for layer in plan.decomposed]
+        self.parameters = {weight for layer in self.layers for weight in layer.weights}
 
     @torch.no_grad()
     def damp_(self, damping: float) -> None:
@@ -53,8 +57,7 @@ class Geometry:
             if not is_polyadic(layer.wiring) or not all(weight.requires_grad for weight in layer.weights):
                 continue
             found = damped(layer.wiring, layer.factors([weight.cpu().double() for weight in layer.weights]), damping)
-            for weight, new in zip(layer.weights, as_stage_weights(layer.shape, layer.wiring, found), strict=True):
-                weight.copy_(new)
+            write_factors_(layer.weights, layer.shape, layer.wiring, found)
 
     @torch.no_grad()
     def scale_(self) -> Tensor:
@@ -77,11 +80,6 @@ class Geometry:
                 if weight.grad is not None:
                     weight.grad.copy_(new)
         return torch.stack(energies).sum()
-
-    @property
-    def parameters(self) -> set[nn.Parameter]:
-        """The weights of all stages."""
-        return {weight for layer in self.layers for weight in layer.weights}
 
 
 def check_place(model: nn.Module, layer: LayerPlan, advice: str) -> None:

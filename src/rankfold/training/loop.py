@@ -275,12 +275,13 @@ class _Run:
         """Scales the gradients of factors, and limits the norm of all."""
         clip = self.training.clip
         if self.geometry and self.training.steps_of_weights:
-            energy = self.geometry.scale_()
-            factors = self.geometry.parameters
+            energy, factors = self.geometry.scale_(), self.geometry.parameters
+            if not clip:
+                return
             gradients = {one: one.grad for one in self.student.parameters() if one.grad is not None}
             rest = (gradient.float().square().sum() for one, gradient in gradients.items() if one not in factors)
             norm = torch.stack([energy.float(), *rest]).sum().sqrt()
-            for gradient in gradients.values() if clip else ():
+            for gradient in gradients.values():
                 gradient.mul_(clip / norm.clamp_min(clip))
         elif clip:
             self.accelerator.clip_grad_norm_(self.student.parameters(), clip)
