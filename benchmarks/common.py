@@ -98,8 +98,9 @@ def machine() -> str:
 
 
 def record(**values: Any) -> dict[str, Any]:
-    """A record with the command, the date and the machine that made it."""
-    command = f"python benchmarks/{Path(sys.argv[0]).name}"
+    """A record with the command, of paths the names alone, the date and the machine that made it."""
+    given = [Path(one).name if os.sep in one else one for one in sys.argv[1:]]
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *given])
     return {**values, "command": command, "date": datetime.date.today().isoformat(), "machine": machine()}
 
 

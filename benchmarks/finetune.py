@@ -82,7 +82,7 @@ def main() -> None:
         compressed_top1=round(found.test[1], 2),
         top1=round(found.test[2], 2),
         loss=round(found.epochs[-1].loss, 4),
-        held_out_top1=[round(epoch.top1 or 0.0, 2) for epoch in found.epochs],
+        held_out_top1=[round(epoch.top1, 2) for epoch in found.epochs if epoch.top1 is not None],
         seconds_per_epoch=round(sum(epoch.seconds for epoch in found.epochs) / len(found.epochs), 1),
         precision=found.precision,
         data="CIFAR-10 test",

@@ -45,15 +45,22 @@ def accuracies(records: list[dict[str, Any]]) -> str:
 def source(records: list[dict[str, Any]]) -> str:
     """Where records come from, in a line."""
     one = records[0]
-    examples = f"{one['data']}, {one['examples']:,} images; " if "examples" in one else ""
-    return f"{examples}`{one['command']}`, {one['date']}, {one['machine']}."
+    return f"{examples_of(one)}; {script_of(one)}" if "examples" in one else script_of(one)
 
 
 def provenance(records: list[dict[str, Any]]) -> str:
     """Where records of several data sets come from, in a line."""
-    sets = dict.fromkeys(f"{one['data']}, {one['examples']:,} images" for one in records)
-    one = records[0]
-    return f"{'; '.join(sets)}. `{one['command']}`, {one['date']}, {one['machine']}."
+    return f"{'; '.join(dict.fromkeys(map(examples_of, records)))}. {script_of(records[0])}"
+
+
+def examples_of(one: dict[str, Any]) -> str:
+    """The data of a record."""
+    return f"{one['data']}, {one['examples']:,} images"
+
+
+def script_of(one: dict[str, Any]) -> str:
+    """The script that made a record, when and where; the records themselves have its options."""
+    return f"`{' '.join(one['command'].split()[:2])}`, {one['date']}, {one['machine']}."
 
 
 def choices() -> str:

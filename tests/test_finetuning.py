@@ -142,6 +142,9 @@ def test_compress_fine_tunes_at_once(tmp_path: Path, capsys, monkeypatch):
     assert report["fine_tuning"]["test_top1"]["fine-tuned"] > report["fine_tuning"]["test_top1"]["compressed"]
     code, _, err = run(capsys, monkeypatch, *common, "--test", DATA, "--out", str(tmp_path / "other"))
     assert (code, "--test is for --finetune" in err) == (2, True)
+    code, _, err = run(capsys, monkeypatch, *common, "--finetune", "synthetic:many", "--out", str(tmp_path / "other"))
+    assert (code, "for example synthetic:4096" in err) == (2, True)
+    assert not (tmp_path / "other.compressed").exists()
 
 
 def test_finalize_writes_a_program_that_runs_without_the_package(small: Path, tmp_path: Path, capsys, monkeypatch):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rankfold.errors import DataError
+from rankfold.hooks import attached
 from rankfold.layers import LAYER_KINDS, shape_of
 from rankfold.metric import Moment
 from rankfold.network import Inputs, arguments_of, describe_inputs, run
@@ -168,12 +169,8 @@ def _watched(modules: Mapping[str, nn.Module], owners: Mapping[str, str], sums: 
         return add
 
     seen: dict[nn.Module, str] = {module: owners[name] for name, module in modules.items()}
-    handles = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for module, name in seen.items()]
-    try:
+    with attached(module.register_forward_pre_hook(hook(name), with_kwargs=True) for module, name in seen.items()):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def forward_batch(model: nn.Module, batch: Inputs, number: int) -> None:

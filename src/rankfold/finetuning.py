@@ -146,12 +146,18 @@ def fine_tune_saved(
     return found
 
 
-def _synthetic(data: str, model: nn.Module, shape: tuple[int, ...], seed: int, progress: Progress) -> Dataset:
-    """As many inputs made from the network as `data` asks for; the labels are all zero and mean nothing."""
+def synthetic_count(data: str) -> int:
+    """How many inputs "synthetic:COUNT" asks for; raises DataError where that is no number."""
     count = data.removeprefix(SYNTHETIC)
     if not count.isdecimal() or int(count) < 1:
         raise DataError(f"data {data!r}: say how many inputs are to be made, for example synthetic:4096")
-    x = torch.cat(synthetic_inputs(model, shape, int(count), seed=seed, progress=progress)).float().numpy()
+    return int(count)
+
+
+def _synthetic(data: str, model: nn.Module, shape: tuple[int, ...], seed: int, progress: Progress) -> Dataset:
+    """As many inputs made from the network as `data` asks for; the labels are all zero and mean nothing."""
+    count = synthetic_count(data)
+    x = torch.cat(synthetic_inputs(model, shape, count, seed=seed, progress=progress)).float().numpy()
     return Dataset(x, np.zeros(len(x), np.int64), shape, Normalisation((0.0,), (1.0,), "none"))
 
 

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from rankfold.budget import Cost
 from rankfold.decompositions import Factors, fit, metric_error, wiring_of
 from rankfold.errors import ModelError, PlanError, UnknownNameError
+from rankfold.hooks import attached
 from rankfold.layers import FLOATS, LAYER_KINDS, empty_factors, factorised, shape_of, stage_weights, weight_of
 from rankfold.metric import IDENTITY, Moment
 from rankfold.plan import LayerPlan, LayerSpec, Plan
@@ -210,11 +211,8 @@ def traced(
 
     handles = [one.register_forward_hook(lambda m, args, out: outputs.append((m, out))) for one in modules]
     handles += [norm.register_forward_pre_hook(taken) for norm in norms]
-    try:
+    with attached(handles):
         forward()
-    finally:
-        for handle in handles:
-            handle.remove()
     followers = {
         givers[0]: norms[norm] for norm, givers in takers.items() if len(givers) == 1 and givers[0] is not None
     }
@@ -348,12 +346,8 @@ def _record_calls(model: nn.Module, inputs: Inputs, modules: Sequence[nn.Module]
             batch = given[0] if len(given) == axes + 2 else 1
             calls[module].append(Call(batch, given[-axes:], tuple(output.shape[-axes:])))
 
-    handles = [module.register_forward_hook(record) for module in modules]
-    try:
+    with attached(module.register_forward_hook(record) for module in modules):
         run(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from rankfold.calibration import MomentSum, forward_batch, patches_of
 from rankfold.decompositions import Factors, metric_error, reconstruct, wiring_of
 from rankfold.decompositions.refine import refine
+from rankfold.hooks import attached
 from rankfold.layers import LAYER_KINDS, shape_of, stage_factors, weight_of, weights_of_stages, write_factors_
 from rankfold.metric import IDENTITY, Moment
 from rankfold.network import Inputs, traced
@@ -181,17 +183,9 @@ def _seen(model: nn.Module, place: _Place, batch: Inputs, number: int) -> list[t
             raise _Reached
         seen.append((x.clone(), output.clone()))  # what follows may write into them
 
-    handles = [
-        module.register_forward_hook(see, with_kwargs=True)
-        for module in dict.fromkeys(model.get_submodule(path) for path in place.paths)
-    ]
-    try:
+    modules = dict.fromkeys(model.get_submodule(path) for path in place.paths)
+    with suppress(_Reached), attached(module.register_forward_hook(see, with_kwargs=True) for module in modules):
         forward_batch(model, batch, number)
-    except _Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen
 
 

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rankfold.errors import DataError
+from rankfold.hooks import attached
 from rankfold.network import Inputs, arguments_of, describe_inputs, evaluating, holds_statistics, run
 from rankfold.progress import Progress, silent
 
@@ -161,14 +162,10 @@ def _tokens(model: nn.Module, example_inputs: Inputs) -> tuple[int | str, int] |
         )
 
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    handles = [module.register_forward_pre_hook(note) for module in embeddings]
-    try:
-        if integers and embeddings:
-            with evaluating(model), torch.no_grad():
-                run(model, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    if integers and embeddings:
+        hooks = attached(module.register_forward_pre_hook(note) for module in embeddings)
+        with hooks, evaluating(model), torch.no_grad():
+            run(model, example_inputs)
     return max(read, key=lambda one: one[1], default=None)
 
 
@@ -252,9 +249,5 @@ def _statistics(norms: list[Any]) -> Iterator[list[Tensor]]:
             ((mean - norm.running_mean).square() / held).mean() + ((variance / held + 1e-8).log()).square().mean() / 4
         )
 
-    handles = [norm.register_forward_pre_hook(compare) for norm in norms]
-    try:
+    with attached(norm.register_forward_pre_hook(compare) for norm in norms):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -168,11 +168,13 @@ def _training(
             raise DataError("--test is for --finetune; score a model that is only compressed with evaluate")
         return None
     from rankfold.data import open_dataset
-    from rankfold.finetuning import SYNTHETIC
+    from rankfold.finetuning import SYNTHETIC, synthetic_count
     from rankfold.training import Training
 
+    if finetune.startswith(SYNTHETIC):
+        synthetic_count(finetune)
     for spec in (finetune, test):
-        if spec is not None and not spec.startswith(SYNTHETIC):
+        if spec is not None and (spec is test or not spec.startswith(SYNTHETIC)):
             open_dataset(spec, shape, source.normalised_by(shape[0]))
     return Training(**settings)
 

@@ -64,9 +64,9 @@ def examples(spec: str, samples: int, source: Source, shape: tuple[int, ...]) ->
     """Batches of evenly spaced examples with their labels."""
     from rankfold.data import open_dataset
 
-    examples = open_dataset(spec, shape, source.normalised_by(shape[0])).sample(samples)
-    for start in range(0, len(examples), _BATCH):
-        yield examples.batch(start, start + _BATCH)
+    chosen = open_dataset(spec, shape, source.normalised_by(shape[0])).sample(samples)
+    for start in range(0, len(chosen), _BATCH):
+        yield chosen.batch(start, start + _BATCH)
 
 
 def read_shape(text: str) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from rankfold.decompositions import reconstruct, wiring_of
 from rankfold.errors import TrainingError
+from rankfold.hooks import attached
 from rankfold.layers import shape_of, stage_factors, weight_of
 from rankfold.objectives import output_of, softened
 from rankfold.plan import LayerPlan, Plan
@@ -123,12 +124,8 @@ class Distillation:
         def keep(name: str) -> Any:
             return lambda module, args, output: seen.__setitem__(name, output.clone())  # a ReLU may overwrite it
 
-        handles = [
+        with attached(
             model.get_submodule(layer.name).register_forward_hook(keep(layer.name))
             for layer in (self.layers if self.losses.outputs else ())
-        ]
-        try:
+        ):
             yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
