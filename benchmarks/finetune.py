@@ -15,7 +15,7 @@ import torch
 from common import RESULTS, network, parser, record, require_data, unlabelled, write
 
 from rankfold import Budget, compress, save
-from rankfold.artifact import digest
+from rankfold.artifact import digest, load_plan
 from rankfold.finetuning import fine_tune_saved
 from rankfold.training import Losses, Training
 
@@ -75,6 +75,7 @@ def main() -> None:
         damping=given.damping,
         teacher=given.teacher or "original",
         start=given.start.name if given.start else "compressed",
+        epochs_before=load_plan(small).settings.get("training", {}).get("epochs", 0),
         inputs=f"{given.synthetic} synthetic" if given.synthetic else "CIFAR-10 train, 45,000",
         macs_kept=round(kept["macs"], 4),
         params_kept=round(kept["params"], 4),

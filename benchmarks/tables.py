@@ -144,7 +144,7 @@ FINE_TUNINGS = {
 
 
 def fine_tunings(records: list[dict[str, Any]]) -> str:
-    """Fine-tuned networks: what they cost, and their accuracy at every stage."""
+    """Fine-tuned networks: what they cost, and their accuracy before and after a run; "20 + 10" is a second run."""
     columns = {
         "decomposition": "",
         "macs_kept": "MACs kept",
@@ -156,16 +156,18 @@ def fine_tunings(records: list[dict[str, Any]]) -> str:
         "rate": "rate",
         "scaled": "scaled gradients",
         "damping": "damping",
-        "start": "from",
         "loss": "loss of the last epoch",
-        "compressed_top1": "compressed, top-1 %",
+        "compressed_top1": "before, top-1 %",
         "top1": "fine-tuned, top-1 %",
         "base_top1": "base",
         "seconds_per_epoch": "seconds per epoch",
     }
-    order = ("decomposition", "optimiser", "damping", "epochs", "rate")
+    order = ("decomposition", "optimiser", "epochs_before", "damping", "epochs", "rate")
     rows = sorted(records, key=lambda one: (-one["macs_kept"], *(one[name] for name in order)))
-    settings = ("inputs", "teacher", "start", "optimiser", "scaled", "damping", "epochs")
+    rows = [
+        {**one, "epochs": f"{one['epochs_before']} + {one['epochs']}"} if one["epochs_before"] else one for one in rows
+    ]
+    settings = ("inputs", "teacher", "optimiser", "scaled", "damping", "epochs")
     same = [key for key in settings if len({one[key] for one in rows}) == 1]
     told = ", ".join(f"{columns[key]} {cell(rows[0][key])}" for key in same)
     shown = {key: title for key, title in columns.items() if key not in same}
@@ -239,7 +241,7 @@ def main() -> None:
 
 
 def _fill_training() -> None:
-    """The tables of docs/training.md, and the one of docs/calibration.md that is made of plain facts."""
+    """The tables of docs/training.md, the README's of long runs, and that of docs/calibration.md of plain facts."""
     for marker, path in (
         ("minilm_calibration", "calibration"),
         ("throughput", "training"),
@@ -251,7 +253,10 @@ def _fill_training() -> None:
             fill(ROOT / "docs" / f"{path}.md", marker, f"\n{facts(records)}\n\n{source(records)}")
     for marker, belongs in FINE_TUNINGS.items():
         if part := [one for one in newest("finetune") if belongs(one)]:
-            fill(ROOT / "docs" / "training.md", marker, f"\n{fine_tunings(part)}\n\n{source(part)}")
+            body = f"\n{fine_tunings(part)}\n\n{source(part)}"
+            fill(ROOT / "docs" / "training.md", marker, body)
+            if marker == "long runs":
+                fill(ROOT / "README.md", marker, body)
 
 
 if __name__ == "__main__":
