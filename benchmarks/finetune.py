@@ -47,8 +47,8 @@ def main() -> None:
     small = given.start or prepared(
         folder, given.work, given.decomposition, given.case, synthetic=bool(given.synthetic)
     )
-    run = f"{small.name}-{given.epochs}-{given.optimiser}-{given.rate}-{given.damping}{given.teacher}"
-    tuned = given.work / run
+    name = f"{small.name}-{given.epochs}-{given.optimiser}-{given.rate}-{given.damping}{given.teacher}"
+    tuned = given.work / name
     teacher = (f"zoo:{given.teacher}", folder / "weights" / f"{given.teacher}.safetensors")
     training = Training(
         epochs=given.epochs, optimiser=given.optimiser, rate=given.rate, damping=given.damping, augment="cifar"
@@ -75,7 +75,7 @@ def main() -> None:
         damping=given.damping,
         teacher=given.teacher or "original",
         start=given.start.name if given.start else "compressed",
-        epochs_before=load_plan(small).settings.get("training", {}).get("epochs", 0),
+        epochs_before=sum(run["training"]["epochs"] for run in load_plan(small).settings.get("fine_tunings", [])),
         inputs=f"{given.synthetic} synthetic" if given.synthetic else "CIFAR-10 train, 45,000",
         macs_kept=round(kept["macs"], 4),
         params_kept=round(kept["params"], 4),

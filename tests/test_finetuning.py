@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rankfold import load_plan
-from rankfold.artifact import load, load_metrics
+from rankfold.artifact import digest, load, load_metrics
 from rankfold.cli import main
 from rankfold.decompositions import relative_error, wiring_of
 from rankfold.demo import digits
@@ -55,8 +55,8 @@ def test_finetune_from_directory_to_directory(small: Path, tmp_path: Path, capsy
     assert {"loss", "task", "logits", "weights", "outputs", "rate", "examples_per_second"} <= set(lines[0])
 
     plan, model = load_plan(out), digits()[0]
-    assert plan.settings["training"]["epochs"] == 2
-    assert plan.settings["training_examples"] == 320
+    (first,) = plan.settings["fine_tunings"]
+    assert (first["training"]["epochs"], first["examples"], first["teacher"]) == (2, 320, "original")
     assert plan.after == load_plan(small).after
     assert load_metrics(out)["fine_tuning"]["test_top1"] == report["test_top1"]
     student = load(out, model)
@@ -110,8 +110,15 @@ def test_another_teacher_and_no_labels(small: Path, tmp_path: Path, capsys, monk
     assert (code, err) == (0, "")
     assert report["held_out_top1"] == {}
     assert report["epochs"][0]["top1"] is None
-    assert load_plan(out).settings["losses"]["logits"] == 1.0
-    assert (load_plan(out).settings["training"]["scaled"], load_plan(out).settings["training"]["damping"]) == (False, 0)
+    (first,) = load_plan(out).settings["fine_tunings"]
+    assert (first["losses"]["logits"], first["training"]["scaled"], first["training"]["damping"]) == (1, False, 0)
+    assert (first["teacher"], first["teacher_sha256"]) == ("zoo:digits", digest(ASSETS / "digits.safetensors"))
+
+    again = ("--epochs", "1", "--batch-size", "32", "--out", str(tmp_path / "again"), "--json")
+    code, _, err = run(capsys, monkeypatch, "finetune", str(out), "--data", DATA, *again)
+    assert (code, err) == (0, "")
+    assert load_plan(tmp_path / "again").settings["fine_tunings"][0] == first
+    assert load_plan(tmp_path / "again").settings["fine_tunings"][1]["teacher"] == "original"
 
 
 def test_inputs_made_from_the_network_take_the_place_of_data(small: Path, tmp_path: Path, capsys, monkeypatch):
@@ -122,8 +129,8 @@ def test_inputs_made_from_the_network_take_the_place_of_data(small: Path, tmp_pa
     assert (code, err) == (0, "")
     assert report["held_out_top1"] == {}
     assert report["test_top1"]["fine-tuned"] > report["test_top1"]["compressed"]
-    assert load_plan(out).settings["training_data"] == "synthetic:320"
-    assert load_plan(out).settings["losses"]["task"] == 0
+    (only,) = load_plan(out).settings["fine_tunings"]
+    assert (only["data"], only["losses"]["task"]) == ("synthetic:320", 0)
     code, _, err = run(capsys, monkeypatch, *common, "--data", "synthetic:many")
     assert (code, "for example synthetic:4096" in err) == (2, True)
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rankfold.artifact import check_target, load, load_plan, save
+from rankfold.artifact import check_target, digest, load, load_plan, save
 from rankfold.comparison import load_original_, rebuild
 from rankfold.data import Dataset, Normalisation, open_dataset
 from rankfold.decompositions import relative_error, wiring_of
@@ -85,6 +85,7 @@ def fine_tune_saved(
     `held_out` examples of the data, a tenth but at most 5,000 by default, are kept for scores after every epoch and
     never trained on; `test` is read once, at the end. `teacher` is another teacher, a MODEL and the file of its
     weights. Beside `out` stands the folder OUT.training with the checkpoint, from which `resume` goes on, and log.csv.
+    The saved plan lists under "fine_tunings" the settings of this run after those of any before it.
     """
     training, losses = training or Training(), losses or Losses()
     target = Path(out).absolute()
@@ -120,12 +121,16 @@ def fine_tune_saved(
         progress=progress,
     )
     models = (source.model, student, trained.model)
-    settings = {
-        **plan.settings,
+    this = {
         "training": {**asdict(training), "precision": trained.precision},
         "losses": {name: value for name, value in asdict(losses).items() if name != "criterion"},
-        "training_data": data,
-        "training_examples": len(trained_on),
+        "data": data,
+        "examples": len(trained_on),
+        **({"teacher": teacher[0], "teacher_sha256": digest(Path(teacher[1]))} if teacher else {"teacher": "original"}),
+    }
+    settings = {
+        **plan.settings,
+        "fine_tunings": [*plan.settings.get("fine_tunings", []), this],
         "metric": "frobenius, after fine-tuning",
     }
     plan = replace(plan, settings=settings, layers=tuple(_measured(layer, *models[::2]) for layer in plan.layers))
