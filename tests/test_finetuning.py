@@ -149,8 +149,12 @@ def test_compress_fine_tunes_at_once(tmp_path: Path, capsys, monkeypatch):
     assert report["fine_tuning"]["test_top1"]["fine-tuned"] > report["fine_tuning"]["test_top1"]["compressed"]
     code, _, err = run(capsys, monkeypatch, *common, "--test", DATA, "--out", str(tmp_path / "other"))
     assert (code, "--test is for --finetune" in err) == (2, True)
-    code, _, err = run(capsys, monkeypatch, *common, "--finetune", "synthetic:many", "--out", str(tmp_path / "other"))
-    assert (code, "for example synthetic:4096" in err) == (2, True)
+    for wrong, message in (
+        (("--finetune", "synthetic:many"), "for example synthetic:4096"),
+        (("--finetune", "synthetic:32", "--test", "synthetic:32"), "synthetic:32"),
+    ):
+        code, _, err = run(capsys, monkeypatch, *common, *wrong, "--out", str(tmp_path / "other"))
+        assert (code, message in err) == (2, True), err
     assert not (tmp_path / "other.compressed").exists()
 
 

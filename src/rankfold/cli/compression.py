@@ -171,10 +171,11 @@ def _training(
     from rankfold.finetuning import SYNTHETIC, synthetic_count
     from rankfold.training import Training
 
-    if finetune.startswith(SYNTHETIC):
+    made = finetune.startswith(SYNTHETIC)
+    if made:
         synthetic_count(finetune)
-    for spec in (finetune, test):
-        if spec is not None and (spec is test or not spec.startswith(SYNTHETIC)):
+    for spec in (None if made else finetune, test):
+        if spec is not None:
             open_dataset(spec, shape, source.normalised_by(shape[0]))
     return Training(**settings)
 
