@@ -43,24 +43,11 @@ def accuracies(records: list[dict[str, Any]]) -> str:
 
 
 def source(records: list[dict[str, Any]]) -> str:
-    """Where records come from, in a line."""
+    """The data of records, and the script that made them, in a line; the records themselves have its options."""
+    sets = dict.fromkeys(f"{one['data']}, {one['examples']:,} images" for one in records if "examples" in one)
     one = records[0]
-    return f"{examples_of(one)}; {script_of(one)}" if "examples" in one else script_of(one)
-
-
-def provenance(records: list[dict[str, Any]]) -> str:
-    """Where records of several data sets come from, in a line."""
-    return f"{'; '.join(dict.fromkeys(map(examples_of, records)))}. {script_of(records[0])}"
-
-
-def examples_of(one: dict[str, Any]) -> str:
-    """The data of a record."""
-    return f"{one['data']}, {one['examples']:,} images"
-
-
-def script_of(one: dict[str, Any]) -> str:
-    """The script that made a record, when and where; the records themselves have its options."""
-    return f"`{' '.join(one['command'].split()[:2])}`, {one['date']}, {one['machine']}."
+    script = f"`{' '.join(one['command'].split()[:2])}`, {one['date']}, {one['machine']}."
+    return "; ".join([*sets, script])
 
 
 def choices() -> str:
@@ -220,8 +207,7 @@ def main() -> None:
             body = fine_tunings(records)
         else:
             body = accuracies(records) if "error_reached" in records[0] and "top1" in records[0] else facts(records)
-        origin = provenance(records) if name == "calibration" else source(records)
-        sections.append(f"## {title}\n\n{body}\n\n{origin}")
+        sections.append(f"## {title}\n\n{body}\n\n{source(records)}")
     (ROOT / "docs").mkdir(exist_ok=True)
     (ROOT / "docs" / "results.md").write_text("\n\n".join(sections) + "\n")
     records = newest("resnet20_frobenius")
@@ -233,7 +219,7 @@ def main() -> None:
         part = [one for one in records if (one["part"] == "samples") == chosen]
         if not part:
             continue
-        body = f"\n{calibrations(part, stages=False)}\n\n{provenance(part)}"
+        body = f"\n{calibrations(part, stages=False)}\n\n{source(part)}"
         fill(ROOT / "docs" / "calibration.md", marker, body)
     records = newest("published_against_exact")
     fill(ROOT / "docs" / "search.md", "published", f"\n{against()}\n\n{source(records)}")

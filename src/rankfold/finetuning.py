@@ -96,8 +96,9 @@ def fine_tune_saved(
     student = load(directory, source.model)
     load_original_(source.model, plan, weights)
     normalised = source.normalised_by(shape[0])
-    if data.startswith(SYNTHETIC):
-        everything, labels = _synthetic(data, source.model, shape, training.seed, progress), False
+    made = synthetic_count(data)
+    if made is not None:
+        everything, labels = _synthetic(made, source.model, shape, training.seed, progress), False
     else:
         everything = open_dataset(data, shape, normalised)
     tested = open_dataset(test, shape, normalised) if test else None
@@ -151,17 +152,18 @@ def fine_tune_saved(
     return found
 
 
-def synthetic_count(data: str) -> int:
-    """How many inputs "synthetic:COUNT" asks for; raises DataError where that is no number."""
+def synthetic_count(data: str) -> int | None:
+    """How many inputs "synthetic:COUNT" asks for, None of other data; raises DataError where that is no number."""
+    if not data.startswith(SYNTHETIC):
+        return None
     count = data.removeprefix(SYNTHETIC)
     if not count.isdecimal() or int(count) < 1:
         raise DataError(f"data {data!r}: say how many inputs are to be made, for example synthetic:4096")
     return int(count)
 
 
-def _synthetic(data: str, model: nn.Module, shape: tuple[int, ...], seed: int, progress: Progress) -> Dataset:
-    """As many inputs made from the network as `data` asks for; the labels are all zero and mean nothing."""
-    count = synthetic_count(data)
+def _synthetic(count: int, model: nn.Module, shape: tuple[int, ...], seed: int, progress: Progress) -> Dataset:
+    """So many inputs made from the network; the labels are all zero and mean nothing."""
     x = torch.cat(synthetic_inputs(model, shape, count, seed=seed, progress=progress)).float().numpy()
     return Dataset(x, np.zeros(len(x), np.int64), shape, Normalisation((0.0,), (1.0,), "none"))
 

@@ -168,13 +168,10 @@ def _training(
             raise DataError("--test is for --finetune; score a model that is only compressed with evaluate")
         return None
     from rankfold.data import open_dataset
-    from rankfold.finetuning import SYNTHETIC, synthetic_count
+    from rankfold.finetuning import synthetic_count
     from rankfold.training import Training
 
-    made = finetune.startswith(SYNTHETIC)
-    if made:
-        synthetic_count(finetune)
-    for spec in (None if made else finetune, test):
+    for spec in (finetune if synthetic_count(finetune) is None else None, test):
         if spec is not None:
             open_dataset(spec, shape, source.normalised_by(shape[0]))
     return Training(**settings)
