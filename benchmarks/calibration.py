@@ -20,12 +20,12 @@ from common import RESULTS, accuracy_record, network, parser, require_data, unla
 from torch import nn
 
 from rankfold import Budget, compress
-from rankfold.calibration import Calibration, calibrate
-from rankfold.data import Dataset
+from rankfold.calibration.moments import Calibration, calibrate
+from rankfold.calibration.synthetic import synthetic_like
 from rankfold.evaluation import accuracy
-from rankfold.models import Source
-from rankfold.network import find_layers
-from rankfold.synthetic import synthetic_like
+from rankfold.network.surgery import find_layers
+from rankfold.sources.data import Dataset
+from rankfold.sources.models import Source
 
 CIFAR = ("cifar10_resnet20", "cifar10_resnet32")
 IMAGENET = {"mobilenet_v2": "imagenet_mobilenet_v2", "deit_tiny": "imagenet_deit_tiny"}

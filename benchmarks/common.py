@@ -18,13 +18,13 @@ import torch
 from torch import nn
 
 from rankfold import Budget, Cost, Result
-from rankfold.curves import Curve
-from rankfold.data import Dataset, open_dataset
 from rankfold.evaluation import Accuracy
-from rankfold.models import Source, build_model, load_weights_
-from rankfold.network import Layers, cost_of, find_layers
+from rankfold.network.surgery import Layers, cost_of, find_layers
 from rankfold.pipeline import assign, measure, pose
 from rankfold.search import Problem
+from rankfold.search.curves import Curve
+from rankfold.sources.data import Dataset, open_dataset
+from rankfold.sources.models import Source, build_model, load_weights_
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

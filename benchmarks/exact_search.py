@@ -12,9 +12,9 @@ import torch
 from common import record, write
 
 from rankfold import Budget
-from rankfold.models import build_model
-from rankfold.network import cost_of, find_layers
+from rankfold.network.surgery import cost_of, find_layers
 from rankfold.pipeline import assign, make_plan, measure
+from rankfold.sources.models import build_model
 
 
 def main() -> None:

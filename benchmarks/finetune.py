@@ -15,9 +15,9 @@ import torch
 from common import RESULTS, network, parser, record, require_data, unlabelled, write
 
 from rankfold import Budget, compress, save
-from rankfold.artifact import digest, load_plan
-from rankfold.finetuning import fine_tune_saved
+from rankfold.files.artifact import digest, load_plan
 from rankfold.training import Losses, Training
+from rankfold.training.saved import fine_tune_saved
 
 CASES = {
     "tt": Budget(macs=0.296, params=0.277),

@@ -11,10 +11,10 @@ import torch
 from common import network, parser, record, require_data, write
 from torch import nn
 
-from rankfold.curves import measure_layer
 from rankfold.decompositions import DECOMPOSITIONS, fit, reconstruct, wiring_of
-from rankfold.layers import factorised, stage_weights, weight_of
-from rankfold.network import find_layers
+from rankfold.network.kinds import factorised, stage_weights, weight_of
+from rankfold.network.surgery import find_layers
+from rankfold.search.curves import measure_layer
 
 
 def main() -> None:

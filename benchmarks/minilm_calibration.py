@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rankfold import Budget, compress
-from rankfold.models import build_model
+from rankfold.sources.models import build_model
 
 BUDGETS = (0.9, 0.8, 0.65)
 EVERY = 12

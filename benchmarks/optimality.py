@@ -15,10 +15,10 @@ import torch
 from common import network, parser, posed, record, write
 
 from rankfold import Budget
-from rankfold.models import build_model
-from rankfold.network import apply_plan
+from rankfold.network.surgery import apply_plan
 from rankfold.pipeline import search_plan
 from rankfold.search import SEARCHES, Selection
+from rankfold.sources.models import build_model
 
 
 def main() -> None:

@@ -14,14 +14,14 @@ import torch
 from common import record, write
 
 from rankfold import Budget, Cost, SearchError
-from rankfold.curves import measure_layer
 from rankfold.decompositions import DECOMPOSITIONS, reconstruct, wiring_of
+from rankfold.decompositions.wiring import Call, LayerShape
 from rankfold.pipeline import pose
 from rankfold.plan import LayerSpec
 from rankfold.search import Rene, settle
+from rankfold.search.curves import measure_layer
 from rankfold.search.evbmf import evbmf_ranks
 from rankfold.search.published import Published, Schedule
-from rankfold.wiring import Call, LayerShape
 
 SHAPE = LayerShape(20, 16, (3, 3), calls=(Call(1, (16, 16), (16, 16)),))
 LAYER = LayerSpec("conv", "Conv2d", SHAPE, "float64", 8, (20, 16, 3, 3))

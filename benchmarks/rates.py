@@ -13,8 +13,8 @@ from pathlib import Path
 from common import network, parser, record, require_data, write
 from finetune import prepared
 
-from rankfold.artifact import load, load_plan
-from rankfold.comparison import rebuild
+from rankfold.files.artifact import load, load_plan
+from rankfold.files.original import rebuild
 from rankfold.training import Training, fine_tune
 
 RATES = (0.001, 0.003, 0.01)

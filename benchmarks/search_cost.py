@@ -19,10 +19,10 @@ import torch
 from common import record, write
 
 from rankfold import Cost
-from rankfold.curves import Curve, measure_layer
+from rankfold.decompositions.wiring import Call, LayerShape
 from rankfold.plan import LayerSpec
 from rankfold.search import Problem, Rene
-from rankfold.wiring import Call, LayerShape
+from rankfold.search.curves import Curve, measure_layer
 
 WIDTHS = (512, 1024, 2048, 4096, 8192)
 

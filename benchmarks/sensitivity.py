@@ -14,12 +14,12 @@ import torch
 from common import network, parser, posed, record, require_data, write
 
 from rankfold import Budget, SearchError
-from rankfold.data import Dataset
 from rankfold.evaluation import accuracy
-from rankfold.network import apply_plan
+from rankfold.network.surgery import apply_plan
 from rankfold.pipeline import search_plan
 from rankfold.search import SEARCHES, Rene, Search
 from rankfold.search.published import CIFAR, Published
+from rankfold.sources.data import Dataset
 
 BASE = Published()
 CLIPPED = replace(BASE, clip=5.0)

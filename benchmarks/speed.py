@@ -19,8 +19,8 @@ from common import network, parser, record, require_data, write
 
 from rankfold import Budget, compress
 from rankfold.decompositions import expand, fit, relative_error
-from rankfold.models import build_model
-from rankfold.wiring import LayerShape
+from rankfold.decompositions.wiring import LayerShape
+from rankfold.sources.models import build_model
 
 CASES = ("resnet18 tucker", "vgg16 tucker", "resnet20 cp", "resnet20 cp3", "conv3d cp")
 

@@ -14,9 +14,9 @@ from common import network, parser, record, require_data, write
 from torch import nn
 
 from rankfold import Budget, Result, compress
-from rankfold.data import Dataset
-from rankfold.network import duplicate
-from rankfold.objectives import softened
+from rankfold.network.surgery import duplicate
+from rankfold.search.network_objectives import softened
+from rankfold.sources.data import Dataset
 from rankfold.training import Training, fine_tune
 from rankfold.training.augment import cifar
 

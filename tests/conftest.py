@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from rankfold import zoo
-from rankfold.models import load_weights_
+from rankfold.sources import zoo
+from rankfold.sources.models import load_weights_
 
 settings.register_profile("rankfold", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("rankfold")

@@ -18,7 +18,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rankfold.zoo.digits import DigitsNet
+from rankfold.sources.zoo.digits import DigitsNet
 
 ASSETS = Path(__file__).resolve().parents[1] / "src" / "rankfold" / "assets"
 EPOCHS, BATCH, SEED = 60, 64, 0

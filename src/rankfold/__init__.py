@@ -1,7 +1,5 @@
 """rankfold: smaller, ordinary PyTorch models from pre-trained ones, by low-rank and tensor decomposition."""
 
-from rankfold.analysis import Analysis, analyze
-from rankfold.artifact import load, load_plan, save
 from rankfold.budget import Budget, Cost
 from rankfold.errors import (
     ArtifactError,
@@ -14,8 +12,10 @@ from rankfold.errors import (
     TrainingError,
     UnknownNameError,
 )
+from rankfold.files.artifact import load, load_plan, save
 from rankfold.pipeline import Result, compress
 from rankfold.plan import LayerPlan, Plan
+from rankfold.reports.analysis import Analysis, analyze
 
 __all__ = [
     "Analysis",

@@ -10,10 +10,10 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from rankfold.data import Dataset
 from rankfold.errors import DataError
-from rankfold.network import Inputs, describe_inputs, evaluating, run
+from rankfold.network.surgery import Inputs, describe_inputs, evaluating, run
 from rankfold.progress import Progress, silent
+from rankfold.sources.data import Dataset
 
 
 @dataclass(frozen=True)

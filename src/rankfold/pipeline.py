@@ -12,14 +12,15 @@ from typing import Any
 from torch import nn
 
 from rankfold.budget import UNITS, Budget, Cost
-from rankfold.calibration import Calibration, calibrate
-from rankfold.curves import Curve, measure_layer, smallest_form
+from rankfold.calibration.forward_order import refit_
+from rankfold.calibration.moments import Calibration, calibrate
+from rankfold.calibration.synthetic import advice, synthetic_like
 from rankfold.decompositions import DECOMPOSITIONS, Factors
 from rankfold.decompositions import decomposition as known_decomposition
+from rankfold.decompositions.metric import IDENTITY, Moment
 from rankfold.errors import ModelError, RankfoldError, UnknownNameError
-from rankfold.layers import weight_of
-from rankfold.metric import IDENTITY, Moment
-from rankfold.network import (
+from rankfold.network.kinds import weight_of
+from rankfold.network.surgery import (
     Inputs,
     Layers,
     apply_plan,
@@ -33,9 +34,8 @@ from rankfold.plan import LayerPlan, LayerSpec, Plan
 from rankfold.progress import Progress, silent
 from rankfold.search import Problem, Search, settle
 from rankfold.search import search as known_search
+from rankfold.search.curves import Curve, measure_layer, smallest_form
 from rankfold.search.trace import Trace
-from rankfold.sequential import refit_
-from rankfold.synthetic import advice, synthetic_like
 
 Decompositions = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 """A name, several to choose from layer by layer, "auto" for all, or a mapping from name patterns to any of these."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rankfold.budget import Cost
+from rankfold.decompositions.wiring import LayerShape
 from rankfold.errors import PlanError
-from rankfold.wiring import LayerShape
 
 FORMAT = "rankfold-plan"
 VERSION = 1

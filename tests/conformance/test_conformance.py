@@ -12,9 +12,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankfold import Budget, Cost, compress
-from rankfold.curves import measure_layer
 from rankfold.decompositions import DECOMPOSITIONS, expand, family_of, fit, reconstruct, relative_error, wiring_of
-from rankfold.layers import (
+from rankfold.network.kinds import (
     FLOATS,
     LAYER_KINDS,
     as_factors,
@@ -26,8 +25,9 @@ from rankfold.layers import (
     weights_of_stages,
     write_factors_,
 )
-from rankfold.network import find_layers
+from rankfold.network.surgery import find_layers
 from rankfold.plan import LayerPlan, Plan
+from rankfold.search.curves import measure_layer
 from rankfold.training import geometry
 
 each_name = pytest.mark.parametrize("name", NAMES)

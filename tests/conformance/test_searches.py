@@ -15,10 +15,10 @@ from torch import nn
 
 from rankfold import Budget, BudgetError, compress
 from rankfold.budget import UNITS, Cost
-from rankfold.curves import Curve, pareto
+from rankfold.decompositions.wiring import Call, LayerShape
 from rankfold.plan import LayerSpec
 from rankfold.search import SEARCHES, Problem
-from rankfold.wiring import Call, LayerShape
+from rankfold.search.curves import Curve, pareto
 
 NEED_WEIGHTS = {"evbmf"}
 """Searches that look at the weights, which random problems have none of."""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from rankfold import tables
 from rankfold.cli.options import (
     Decompositions,
     Exclude,
@@ -25,10 +24,11 @@ from rankfold.cli.options import (
     progress_bars,
 )
 from rankfold.errors import BudgetError, DataError, ModelError
+from rankfold.reports import tables
 
 if TYPE_CHECKING:
-    from rankfold.models import Source
     from rankfold.search import Search
+    from rankfold.sources.models import Source
     from rankfold.training import Training
 
 OBJECTIVES = ("reconstruction", "divergence", "validation")
@@ -45,7 +45,7 @@ def analyze(
     as_json: Json = False,
 ) -> None:
     """Show every layer, what it costs, and what each decomposition could save on it."""
-    from rankfold.analysis import analyze as run_analysis
+    from rankfold.reports.analysis import analyze as run_analysis
 
     source, example, _ = open_model(model, weights, input_shape, seed)
     with progress_bars(as_json) as progress:
@@ -117,8 +117,8 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Make a smaller model within a budget, and save it; with --finetune, recover its accuracy too."""
-    from rankfold.artifact import check_target, digest, save
     from rankfold.budget import Budget
+    from rankfold.files.artifact import check_target, digest, save
     from rankfold.pipeline import compress as run_compression
 
     limits = Budget.parse(budget)
@@ -148,7 +148,7 @@ def compress(
     path = save(result, small, source=origin)
     told, shown = tables.compression_dict(result, path), [tables.compression(result, path)]
     if finetune and training:
-        from rankfold.finetuning import fine_tune_saved
+        from rankfold.training.saved import fine_tune_saved
 
         with progress_bars(as_json) as progress:
             found = fine_tune_saved(small, finetune, out, training=training, test=test, progress=progress)
@@ -167,9 +167,9 @@ def _training(
         if test is not None:
             raise DataError("--test is for --finetune; score a model that is only compressed with evaluate")
         return None
-    from rankfold.data import open_dataset
-    from rankfold.finetuning import synthetic_count
+    from rankfold.sources.data import open_dataset
     from rankfold.training import Training
+    from rankfold.training.saved import synthetic_count
 
     for spec in (finetune if synthetic_count(finetune) is None else None, test):
         if spec is not None:
@@ -179,7 +179,7 @@ def _training(
 
 def _calibration(spec: str, samples: int | None, source: Source, shape: tuple[int, ...]) -> str | list[Any]:
     """What `compress` is to calibrate on: a way to make inputs, by name, or batches of data."""
-    from rankfold.synthetic import SAMPLES
+    from rankfold.calibration.synthetic import SAMPLES
 
     if spec in ("auto", "none", "synthetic"):
         return spec
@@ -198,8 +198,8 @@ def _search(
 ) -> str | Search:
     """The search that the options of compress describe."""
     from rankfold.errors import UnknownNameError
-    from rankfold.objectives import Divergence, Validation
     from rankfold.search import Rene
+    from rankfold.search.network_objectives import Divergence, Validation
 
     if objective not in OBJECTIVES:
         raise UnknownNameError("objective", objective, OBJECTIVES)

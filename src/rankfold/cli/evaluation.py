@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from rankfold import tables
 from rankfold.cli.options import Json, numbers, print_json, progress_bars
+from rankfold.reports import tables
 
 
 def evaluate(
@@ -24,7 +24,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a compressed model on labelled data, and time it against its original in one run."""
-    from rankfold.comparison import compare
+    from rankfold.reports.comparison import compare
 
     with progress_bars(as_json) as progress:
         report = compare(
@@ -45,7 +45,7 @@ def evaluate(
 
 def demo(as_json: Json = False) -> None:
     """Compress the embedded digits network at several budgets, and show what becomes of it."""
-    from rankfold.demo import demonstrate
+    from rankfold.reports.demo import demonstrate
 
     start = time.perf_counter()
     with progress_bars(as_json) as progress:

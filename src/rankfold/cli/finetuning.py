@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from rankfold import tables
 from rankfold.cli.options import Json, print_json, progress_bars
 from rankfold.errors import TrainingError
+from rankfold.reports import tables
 
 
 def finetune(
@@ -58,8 +58,8 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Recover accuracy by training on data, taught by the original network."""
-    from rankfold.finetuning import fine_tune_saved
     from rankfold.training import Losses, Training
+    from rankfold.training.saved import fine_tune_saved
 
     if (teacher is None) != (teacher_weights is None):
         raise TrainingError("--teacher and --teacher-weights go together; give both, or neither for the original")
@@ -108,7 +108,7 @@ def finalize(
     as_json: Json = False,
 ) -> None:
     """Fold batch norms and write one file that torch.export.load runs, without rankfold."""
-    from rankfold.export import finalize as write_program
+    from rankfold.files.export import finalize as write_program
 
     found = write_program(directory, out)
     if as_json:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rankfold.errors import DataError, ModelError
 
 if TYPE_CHECKING:
-    from rankfold.models import Source
+    from rankfold.sources.models import Source
 
 Model = Annotated[
     str,
@@ -49,7 +49,7 @@ def open_model(
     spec: str, weights: Path | None, input_shape: str | None, seed: int
 ) -> tuple[Source, Any, tuple[int, ...]]:
     """The network with its weights, an example batch of one, and the shape of one input."""
-    from rankfold.models import build_model, load_weights_
+    from rankfold.sources.models import build_model, load_weights_
 
     source = build_model(spec, seed=seed)
     if weights:
@@ -62,7 +62,7 @@ def open_model(
 
 def examples(spec: str, samples: int, source: Source, shape: tuple[int, ...]) -> Iterator[tuple[Any, Any]]:
     """Batches of evenly spaced examples with their labels."""
-    from rankfold.data import open_dataset
+    from rankfold.sources.data import open_dataset
 
     chosen = open_dataset(spec, shape, source.normalised_by(shape[0])).sample(samples)
     for start in range(0, len(chosen), _BATCH):

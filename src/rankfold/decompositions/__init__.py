@@ -17,15 +17,15 @@ from rankfold.decompositions.cp import CP
 from rankfold.decompositions.cp3 import CP3
 from rankfold.decompositions.damped import damped, is_polyadic, sensitivity
 from rankfold.decompositions.expansion import Decomposition, Expansion, Factors, Grid
+from rankfold.decompositions.metric import IDENTITY, Moment
 from rankfold.decompositions.refine import STEPS, metric_error, refine
 from rankfold.decompositions.ring import RING
 from rankfold.decompositions.spatial import SPATIAL
 from rankfold.decompositions.svd import SVD
 from rankfold.decompositions.tt import TT
 from rankfold.decompositions.tucker import TUCKER
+from rankfold.decompositions.wiring import MATRIX, LayerShape, Wiring
 from rankfold.errors import PlanError, UnknownNameError
-from rankfold.metric import IDENTITY, Moment
-from rankfold.wiring import MATRIX, LayerShape, Wiring
 
 __all__ = [
     "DECOMPOSITIONS",

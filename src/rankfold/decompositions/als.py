@@ -21,7 +21,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from rankfold.decompositions.expansion import Factors
-from rankfold.wiring import TAPS, Wiring
+from rankfold.decompositions.wiring import TAPS, Wiring
 
 LARGEST_GRAM = 1536
 """Side of the largest Gram matrix that is solved with (19 MB); a factor with a larger one keeps its start."""

@@ -25,7 +25,7 @@ from rankfold.decompositions.expansion import (
     tail_sums,
     unfold,
 )
-from rankfold.wiring import TAPS, Wiring
+from rankfold.decompositions.wiring import TAPS, Wiring
 
 
 class CpExpansion(Expansion):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from rankfold.decompositions.cp import CpExpansion
 from rankfold.decompositions.expansion import Decomposition
-from rankfold.wiring import Wiring
+from rankfold.decompositions.wiring import Wiring
 
 CP3 = Decomposition(
     name="cp3",

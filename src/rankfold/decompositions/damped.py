@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from rankfold.decompositions.als import alternate, balance, reconstruct, term_energy
 from rankfold.decompositions.expansion import Factors
-from rankfold.wiring import Wiring
+from rankfold.decompositions.wiring import Wiring
 
 SWEEPS = 200
 """Rounds of least squares, at most."""

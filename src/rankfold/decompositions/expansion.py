@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from rankfold.wiring import Wiring
+from rankfold.decompositions.wiring import Wiring
 
 Factors = tuple[Tensor, ...]
 """One tensor per factor of the wiring, its axes in the wiring's letters behind a leading group axis."""

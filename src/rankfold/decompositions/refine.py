@@ -14,8 +14,8 @@ from torch import Tensor
 
 from rankfold.decompositions.als import balance, reconstruct
 from rankfold.decompositions.expansion import Factors
-from rankfold.metric import Moment
-from rankfold.wiring import Wiring
+from rankfold.decompositions.metric import Moment
+from rankfold.decompositions.wiring import Wiring
 
 STEPS = 120
 """Steps of L-BFGS, at most."""

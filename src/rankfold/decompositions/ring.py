@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from rankfold.decompositions.expansion import Decomposition, Expansion, Factors, Grid, leading_basis, unfold
 from rankfold.decompositions.tt import Train
-from rankfold.wiring import TAPS, Wiring
+from rankfold.decompositions.wiring import TAPS, Wiring
 
 CARRIED = (1, 2, 4)
 """Sizes of the carried bond that are candidates; `factors` takes any."""

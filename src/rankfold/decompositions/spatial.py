@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from rankfold.decompositions.expansion import Decomposition
 from rankfold.decompositions.svd import TwoFactorExpansion
-from rankfold.wiring import Wiring
+from rankfold.decompositions.wiring import Wiring
 
 
 def _wiring(taps: str) -> Wiring:

@@ -14,7 +14,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from rankfold.decompositions.expansion import Decomposition, Expansion, Factors, Grid, leading_basis, tail_sums, unfold
-from rankfold.wiring import TAPS, Wiring
+from rankfold.decompositions.wiring import TAPS, Wiring
 
 
 class TwoFactorExpansion(Expansion):

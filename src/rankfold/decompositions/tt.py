@@ -28,7 +28,7 @@ from rankfold.decompositions.expansion import (
     spread,
     unfold,
 )
-from rankfold.wiring import TAPS, Wiring
+from rankfold.decompositions.wiring import TAPS, Wiring
 
 _CANDIDATES = 262_144
 """Candidates of one grid, at most; along longer bonds evenly spaced ranks stand for all."""

@@ -17,7 +17,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from rankfold.decompositions.expansion import Decomposition, Expansion, Factors, Grid, discarded, leading_basis, unfold
-from rankfold.wiring import TAPS, Wiring
+from rankfold.decompositions.wiring import TAPS, Wiring
 
 
 class TuckerExpansion(Expansion):

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rankfold.curves import FloatArray
 from rankfold.errors import BudgetError
 from rankfold.progress import Progress, silent
+from rankfold.search.curves import FloatArray
 from rankfold.search.problem import ERROR, Problem, Selection, check_feasible
 
 _STEPS = 60

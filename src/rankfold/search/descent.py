@@ -16,8 +16,8 @@ from typing import cast
 import numpy as np
 from torch import Tensor
 
-from rankfold.curves import Curve, FloatArray, IntArray, subset
 from rankfold.errors import SearchError
+from rankfold.search.curves import Curve, FloatArray, IntArray, subset
 from rankfold.search.objective import Objective, inner
 from rankfold.search.problem import Problem
 from rankfold.search.relaxation import Relaxed, cooled

@@ -16,14 +16,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rankfold.curves import Curve, FloatArray
 from rankfold.decompositions import wiring_of
 from rankfold.decompositions.expansion import unfold
+from rankfold.decompositions.wiring import LayerShape, Wiring
 from rankfold.errors import BudgetError
 from rankfold.progress import Progress, silent
 from rankfold.search.baselines import at_best_level
+from rankfold.search.curves import Curve, FloatArray
 from rankfold.search.problem import Problem, Selection
-from rankfold.wiring import LayerShape, Wiring
 
 _TAU = 2.5129
 """The zero of Φ(τ) = log(τ + 1)/τ + log(τ/α + 1)·α/τ − ½ is close to this times √α (Nakajima et al., equation 22)."""

@@ -14,9 +14,9 @@ from dataclasses import replace
 import numpy as np
 import scipy.optimize
 
-from rankfold.curves import FloatArray, IntArray, subset
 from rankfold.errors import BudgetError
 from rankfold.progress import Progress, silent
+from rankfold.search.curves import FloatArray, IntArray, subset
 from rankfold.search.problem import Problem, Selection, check_feasible, membership, shares_of
 from rankfold.search.rounding import polished, repaired
 

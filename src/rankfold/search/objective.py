@@ -10,8 +10,8 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from rankfold.curves import Curve
-from rankfold.metric import IDENTITY, Moment
+from rankfold.decompositions.metric import IDENTITY, Moment
+from rankfold.search.curves import Curve
 
 
 class Objective(ABC):

@@ -12,9 +12,9 @@ import scipy.optimize
 import scipy.sparse
 
 from rankfold.budget import Cost, describe
-from rankfold.curves import Curve, FloatArray
 from rankfold.errors import BudgetError
 from rankfold.progress import Progress, silent
+from rankfold.search.curves import Curve, FloatArray
 from rankfold.search.trace import Trace
 
 ERROR = "error"

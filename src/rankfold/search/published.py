@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 
 from rankfold.budget import UNITS, describe
-from rankfold.curves import Curve
 from rankfold.decompositions import Factors, expand, fit, reconstruct, relative_error, wiring_of
 from rankfold.errors import BudgetError, SearchError
 from rankfold.progress import Progress, silent
 from rankfold.search import checkpoint as files
+from rankfold.search.curves import Curve
 from rankfold.search.objective import Objective, Reconstruction
 from rankfold.search.problem import Problem, Selection
 from rankfold.search.trace import Step, Trace, step_from_dict

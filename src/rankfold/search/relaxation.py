@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.optimize
 
-from rankfold.curves import FloatArray
+from rankfold.search.curves import FloatArray
 from rankfold.search.problem import Problem, shares_of
 
 _CYCLES = 8

@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from rankfold.budget import UNITS
-from rankfold.curves import Curve, Fit, refitted
 from rankfold.errors import BudgetError
 from rankfold.progress import Progress, silent
 from rankfold.search import checkpoint as files
+from rankfold.search.curves import Curve, Fit, refitted
 from rankfold.search.descent import Point, descended
 from rankfold.search.objective import Objective, Reconstruction
 from rankfold.search.problem import ERROR, Problem, Selection, check_feasible

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rankfold.curves import FloatArray, IntArray
+from rankfold.search.curves import FloatArray, IntArray
 from rankfold.search.problem import Problem
 
 SWAPS = 64

@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from rankfold.curves import Curve, FloatArray, subset, visit
 from rankfold.decompositions import DECOMPOSITIONS
 from rankfold.progress import Progress, silent
+from rankfold.search.curves import Curve, FloatArray, subset, visit
 from rankfold.search.evbmf import evbmf_ranks
 from rankfold.search.problem import ERROR, Problem, Search, Selection
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rankfold.curves import Curve
 from rankfold.decompositions import Expansion, Factors, expand, fit, reconstruct
 from rankfold.errors import BudgetError
+from rankfold.search.curves import Curve
 
 
 class Reconstructions:

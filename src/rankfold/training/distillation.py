@@ -20,10 +20,10 @@ from torch.nn import functional
 
 from rankfold.decompositions import reconstruct, wiring_of
 from rankfold.errors import TrainingError
-from rankfold.hooks import attached
-from rankfold.layers import shape_of, stage_factors, weight_of
-from rankfold.objectives import output_of, softened
+from rankfold.network.hooks import attached
+from rankfold.network.kinds import shape_of, stage_factors, weight_of
 from rankfold.plan import LayerPlan, Plan
+from rankfold.search.network_objectives import output_of, softened
 from rankfold.training.geometry import check_place
 
 

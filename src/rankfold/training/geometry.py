@@ -15,10 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.decompositions import damped, is_polyadic, scaled_gradients, wiring_of
+from rankfold.decompositions.wiring import LayerShape, Wiring
 from rankfold.errors import TrainingError
-from rankfold.layers import as_factors, as_stage_weights, empty_factors, shape_of, weights_of_stages, write_factors_
+from rankfold.network.kinds import (
+    as_factors,
+    as_stage_weights,
+    empty_factors,
+    shape_of,
+    weights_of_stages,
+    write_factors_,
+)
 from rankfold.plan import LayerPlan, Plan
-from rankfold.wiring import LayerShape, Wiring
 
 RIDGE = 0.01
 """Share of its mean diagonal that is added to a Gram matrix before gradients are divided by it."""

@@ -18,12 +18,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rankfold.data import Dataset
 from rankfold.errors import TrainingError
 from rankfold.evaluation import accuracy
-from rankfold.network import duplicate
+from rankfold.network.surgery import duplicate
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
+from rankfold.sources.data import Dataset
 from rankfold.training import checkpoints
 from rankfold.training.augment import augmentation
 from rankfold.training.checkpoints import Checkpoint

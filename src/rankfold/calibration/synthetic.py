@@ -1,0 +1,253 @@
+"""Calibration inputs made from nothing but the network.
+
+Natural images have a power spectrum that falls like 1/f² (an amplitude like 1/f; Field, J. Opt. Soc. Am. A 4, 1987),
+and colours that go together. White noise coloured in that way is the start. Where the network has batch norms it is
+refined: each stores the mean and variance of what went through it in training, and gradient descent on the inputs makes
+them hold again (Yin et al., DeepInversion, arXiv 1912.08795, equation 4). What descends is the white noise behind the
+inputs, so that they keep the spectrum and colours of images (Olah et al., Feature Visualization, Distill 2017, on
+preconditioning).
+
+Networks that take tokens are given random ones: no statistics of language, but the range of the embeddings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rankfold.errors import DataError
+from rankfold.network.hooks import attached
+from rankfold.network.surgery import Inputs, arguments_of, describe_inputs, evaluating, holds_statistics, run
+from rankfold.progress import Progress, silent
+
+SAMPLES, FEWEST = 512, 32
+"""Inputs made by default, at most and at least."""
+TOKENS = 2**13
+"""Tokens drawn by default."""
+POSITIONS = 2**19
+"""Positions (pixels) of all of them together, between these bounds."""
+CORRELATION = 0.9
+"""Correlation between colours."""
+STEPS = 30
+"""Steps of gradient descent per batch."""
+RATE = 0.3
+"""Learning rate of the first step (Adam); it falls to zero along a cosine."""
+MOMENTUM = 0.5
+"""Adam's weight of past gradients: with so few steps, less than usual."""
+BATCH = 128
+"""Inputs that are refined together."""
+
+
+def pink_noise(count: int, shape: tuple[int, ...], generator: torch.Generator) -> Float[Tensor, "n ..."]:
+    """Inputs of `shape`, channels first, whose amplitude falls like 1/f along all other axes; mean 0, variance 1.
+
+    Channels are correlated as colours are. Inputs without other axes are standard normal.
+    """
+    noise = coloured(torch.randn(count, *shape, generator=generator))
+    return noise / noise.std()
+
+
+def coloured(white: Float[Tensor, "n c *places"]) -> Float[Tensor, "n c *places"]:
+    """White noise with channels correlated as colours are, and an amplitude like 1/f along all other axes."""
+    if white.ndim < 3:
+        return white
+    channels, sizes, axes = white.shape[1], white.shape[2:], tuple(range(2, white.ndim))
+    square = torch.zeros([1] * len(sizes))
+    for axis, size in enumerate(sizes):
+        line = torch.fft.fftfreq(size).square()
+        square = square + line.reshape([-1 if k == axis else 1 for k in range(len(sizes))])
+    amplitude = square.sqrt().clamp_min(1 / max(sizes)).reciprocal().to(white.device)
+    mixing = torch.linalg.cholesky(
+        CORRELATION * torch.ones(channels, channels) + (1 - CORRELATION) * torch.eye(channels)
+    )
+    mixed = torch.einsum("cd,nd...->nc...", mixing.to(white), white)
+    return torch.fft.ifftn(torch.fft.fftn(mixed, dim=axes) * amplitude, dim=axes).real
+
+
+def advice(model: nn.Module, example_inputs: Inputs) -> tuple[str, str]:
+    """Which calibration a network is best given when its user has no inputs, "synthetic" or "none", and why."""
+    norms, shape = _norms(model), input_shape(example_inputs)
+    tokens = _tokens(model, example_inputs) if shape is None else None
+    if tokens:
+        return "synthetic", f"random tokens of its vocabulary of {tokens[1]:,}; a few real inputs are better"
+    if shape is None:
+        return "none", "its inputs are neither one tensor of numbers nor tokens; give a few unlabelled ones"
+    if norms:
+        return "synthetic", f"its {len(norms)} batch norms hold the statistics that inputs are matched to"
+    if len(shape) < 2:
+        return "none", "it has no batch norms that inputs could be matched to; give a few unlabelled inputs"
+    return (
+        "synthetic",
+        "noise with the spectrum of images, as it has no batch norms that inputs could be matched to",
+    )
+
+
+def input_shape(example_inputs: Inputs) -> tuple[int, ...] | None:
+    """The shape of one input where example inputs are a batch in one tensor of numbers, and None where not."""
+    args, kwargs = arguments_of(example_inputs)
+    if kwargs or len(args) != 1 or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
+        return None
+    return tuple(args[0].shape[1:])
+
+
+def synthetic_like(
+    model: nn.Module, example_inputs: Inputs, count: int | None = None, *, seed: int = 0, progress: Progress = silent
+) -> Sequence[Inputs]:
+    """Batches of synthetic inputs of the kind of the example inputs; by default as many as their size calls for.
+
+    Raises DataError where these are neither one tensor of numbers nor tokens.
+    """
+    shape = input_shape(example_inputs)
+    if shape is not None:
+        return synthetic_inputs(model, shape, count or usual_count(shape), seed=seed, progress=progress)
+    tokens = _tokens(model, example_inputs)
+    if tokens is None:
+        raise DataError(
+            f"synthetic inputs are made for one tensor of numbers, or tokens, not {describe_inputs(example_inputs)}; "
+            "give a few unlabelled inputs as calibration"
+        )
+    return random_tokens(example_inputs, *tokens, count, seed=seed)
+
+
+def random_tokens(
+    example_inputs: Inputs, place: int | str, vocabulary: int, count: int | None = None, *, seed: int = 0
+) -> list[Inputs]:
+    """Batches like the example inputs, with uniformly drawn tokens in the argument at `place`, a position or a name.
+
+    The first and last token of every row, which often mark its ends, and all other arguments are those of the example's
+    rows, in turn. By default there are `TOKENS` tokens, and at least `FEWEST` rows.
+    """
+    given = _arguments(example_inputs)
+    rows, length = given[place].shape[0], max(given[place][0].numel(), 1)
+    count = count or max(FEWEST, min(SAMPLES, TOKENS // length))
+    generator = torch.Generator().manual_seed(seed)
+    batches: list[Inputs] = []
+    for start in range(0, count, BATCH):
+        chosen = torch.arange(start, min(start + BATCH, count)) % rows
+        batch = {
+            key: value[chosen.to(value.device)] if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
+            for key, value in given.items()
+        }
+        drawn = torch.randint(vocabulary, batch[place].shape, generator=generator)
+        batch[place][:, 1:-1] = drawn[:, 1:-1].to(batch[place])
+        batches.append({str(k): v for k, v in batch.items()} if isinstance(place, str) else tuple(batch.values()))
+    return batches
+
+
+def _arguments(inputs: Inputs) -> dict[int | str, Any]:
+    """What a model is called with, by position or name."""
+    args, kwargs = arguments_of(inputs)
+    return dict(cast(Any, [*enumerate(args), *kwargs.items()]))
+
+
+def _tokens(model: nn.Module, example_inputs: Inputs) -> tuple[int | str, int] | None:
+    """Which argument holds tokens, and out of how many: the rows of the largest embedding that it is an index into."""
+    given = {
+        place: ids for place, ids in _arguments(example_inputs).items() if isinstance(ids, Tensor) and ids.ndim > 1
+    }
+    integers = {place: ids for place, ids in given.items() if ids.dtype in (torch.int64, torch.int32)}
+    read: list[tuple[int | str, int]] = []
+
+    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        rows = cast(nn.Embedding, module).num_embeddings
+        read.extend(
+            (place, rows) for place, ids in integers.items() if inputs and inputs[0].data_ptr() == ids.data_ptr()
+        )
+
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if integers and embeddings:
+        hooks = attached(module.register_forward_pre_hook(note) for module in embeddings)
+        with hooks, evaluating(model), torch.no_grad():
+            run(model, example_inputs)
+    return max(read, key=lambda one: one[1], default=None)
+
+
+def usual_count(shape: tuple[int, ...]) -> int:
+    """How many inputs of a shape are made by default: `SAMPLES`, fewer of large ones, which hold more positions."""
+    return max(FEWEST, min(SAMPLES, POSITIONS // max(math.prod(shape[1:]), 1)))
+
+
+def synthetic_inputs(
+    model: nn.Module,
+    shape: tuple[int, ...],
+    count: int,
+    *,
+    seed: int = 0,
+    steps: int = STEPS,
+    progress: Progress = silent,
+) -> list[Tensor]:
+    """Batches of synthetic inputs, matched to the statistics that the network's batch norms hold, if it has any.
+
+    The same seed gives the same inputs. The model is left as it is.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [min(BATCH, count - start) for start in range(0, count, BATCH)]
+    white = [torch.randn(size, *shape, generator=generator) for size in sizes]
+    place = next(p for p in model.parameters() if p.is_floating_point())
+    norms, made = _norms(model), []
+    for number, noise in enumerate(white):
+        scale = coloured(noise).std()
+        if norms:
+            report = partial(_report, progress, number * steps, steps * len(white))
+            noise = _matched(model, norms, noise.to(place.device), scale, steps, report)
+        made.append((coloured(noise) / scale).to(place.device, place.dtype))
+    return made
+
+
+def _matched(
+    model: nn.Module, norms: list[nn.Module], white: Tensor, scale: Tensor, steps: int, report: Callable[[int], None]
+) -> Tensor:
+    """The white noise after gradient descent on how far the inputs made of it are from what the batch norms hold."""
+    place = next(p for p in model.parameters() if p.is_floating_point())
+    white = white.clone().requires_grad_()
+    optimiser = torch.optim.Adam([white], lr=RATE, betas=(MOMENTUM, 0.999))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps, 1))
+    for step in range(steps):
+        report(step)
+        with evaluating(model), torch.enable_grad(), _statistics(norms) as found:
+            model((coloured(white) / scale).to(place.dtype))
+            (white.grad,) = torch.autograd.grad(torch.stack(found).mean(), [white])
+        optimiser.step()
+        schedule.step()
+    report(steps)
+    return white.detach()
+
+
+def _report(progress: Progress, done: int, total: int, step: int) -> None:
+    progress("making inputs", done + step, total)
+
+
+def _norms(model: nn.Module) -> list[nn.Module]:
+    """The batch norms that hold statistics of training: not those that are as new, or folded into other layers."""
+    return [module for module in model.modules() if holds_statistics(module) and not _is_standard(cast(Any, module))]
+
+
+def _is_standard(norm: nn.BatchNorm2d) -> bool:
+    """Whether a batch norm holds mean 0 and variance 1 for every channel, as a new one does."""
+    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    return bool(mean.abs().max() < 1e-3 and (variance - 1).abs().max() < 1e-3)
+
+
+@contextmanager
+def _statistics(norms: list[Any]) -> Iterator[list[Tensor]]:
+    """How far the inputs of each batch norm are from what it holds, filled in as the model runs."""
+    found: list[Tensor] = []
+
+    def compare(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x, norm = args[0], cast(Any, module)
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        mean, variance = x.mean(axes), x.var(axes, unbiased=False)
+        held = norm.running_var + norm.eps
+        found.append(
+            ((mean - norm.running_mean).square() / held).mean() + ((variance / held + 1e-8).log()).square().mean() / 4
+        )
+
+    with attached(norm.register_forward_pre_hook(compare) for norm in norms):
+        yield found

@@ -1,0 +1,1 @@
+"""Files: compressed models saved, loaded and exported."""

@@ -1,0 +1,1 @@
+"""Reports: what was done to a network, measured and shown."""

@@ -1,0 +1,90 @@
+"""What could be saved, layer by layer, before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from rankfold.budget import Cost
+from rankfold.network.kinds import weight_of
+from rankfold.network.surgery import Inputs, check_model, cost_of, find_layers
+from rankfold.pipeline import Decompositions, assign
+from rankfold.plan import LayerSpec
+from rankfold.progress import Progress, silent
+from rankfold.search.curves import Curve, measure_layer
+
+ENERGY = 0.9
+"""Share of a layer's energy (one minus the squared relative error) at which savings are quoted."""
+
+
+@dataclass(frozen=True)
+class Saving:
+    """The cheapest form of a layer that keeps `ENERGY` of it, as fractions of its parameters and MACs."""
+
+    params_kept: float
+    macs_kept: float
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A network's cost, its layers with what each decomposition saves on them (None: nothing), and the skipped ones."""
+
+    cost: Cost
+    layers: tuple[tuple[LayerSpec, Mapping[str, Saving | None]], ...]
+    skipped: Mapping[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The analysis in JSON's types."""
+        layers = [
+            {
+                "name": layer.name,
+                "aliases": list(layer.aliases),
+                "kind": layer.kind,
+                "shape": list(layer.weight),
+                **vars(layer.dense),
+                "savings": {
+                    name: {**vars(saving), "ranks": list(saving.ranks)} if saving else None
+                    for name, saving in savings.items()
+                },
+            }
+            for layer, savings in self.layers
+        ]
+        return {**vars(self.cost), "energy": ENERGY, "layers": layers, "skipped": dict(self.skipped)}
+
+
+def analyze(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    decomposition: Decompositions = "auto",
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    progress: Progress = silent,
+) -> Analysis:
+    """Every layer of the model, its cost, and what each decomposition would save at nine tenths of its energy."""
+    check_model(model)
+    cost = cost_of(model, example_inputs)
+    choices, layers = assign(find_layers(model, example_inputs, include=include, exclude=exclude), decomposition)
+    rows = []
+    for done, layer in enumerate(layers.found):
+        progress("measuring layers", done, len(layers.found))
+        weight = weight_of(model.get_submodule(layer.name))
+        curves = {name: measure_layer(layer, weight, (name,)) for name in choices[layer.name]}
+        rows.append((layer, {name: _saving(curve) for name, curve in curves.items()}))
+    progress("measuring layers", len(layers.found), len(layers.found))
+    return Analysis(cost, tuple(rows), layers.skipped)
+
+
+def _saving(curve: Curve) -> Saving | None:
+    """The candidate of least MACs within the error, if it is not the layer itself."""
+    within = np.flatnonzero(curve.errors <= 1 - ENERGY)
+    best = int(within[curve.costs["macs"][within].argmin()])
+    if curve.methods[best] is None:
+        return None
+    kept = {unit: float(curve.costs[unit][best]) / max(int(curve.costs[unit][0]), 1) for unit in ("params", "macs")}
+    return Saving(kept["params"], kept["macs"], curve.ranks[best])

@@ -1,0 +1,83 @@
+"""A saved model against its original: accuracy on labelled data, size, and latency in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rankfold.budget import Cost
+from rankfold.evaluation import Accuracy, accuracy, latency
+from rankfold.files.artifact import load, load_plan
+from rankfold.files.original import load_original_, rebuild
+from rankfold.progress import Progress, silent
+from rankfold.sources.data import Normalisation, open_dataset
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two networks: its accuracy (None: not scored), cost, and median latency of a batch of one."""
+
+    accuracy: Accuracy | None
+    cost: Cost
+    latency_ms: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The side in JSON's types, accuracies in percent."""
+        top = (
+            {"top1": self.accuracy.top1, "top5": self.accuracy.top5} if self.accuracy else {"top1": None, "top5": None}
+        )
+        return {**top, **vars(self.cost), "latency_ms": self.latency_ms}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Original and compressed network, side by side."""
+
+    examples: int
+    original: Side
+    compressed: Side
+    normalisation: Normalisation
+
+    def as_dict(self) -> dict[str, Any]:
+        """The comparison in JSON's types."""
+        return {
+            "examples": self.examples,
+            "original": self.original.as_dict(),
+            "compressed": self.compressed.as_dict(),
+            "normalisation": asdict(self.normalisation),
+        }
+
+
+def compare(
+    directory: str | Path,
+    data: str,
+    *,
+    original: bool = False,
+    weights: str | Path | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    batch_size: int = 250,
+    progress: Progress = silent,
+) -> Comparison:
+    """Scores the model saved in `directory` on `data`, and times it and its original in turns.
+
+    The original is built as it was for compression; it is scored only where `original` is set, with the weights it had
+    then, or those in `weights`. Normalisation is the model's own unless `mean` and `std` are given.
+    """
+    plan = load_plan(directory)
+    source, shape = rebuild(plan, directory)
+    student = load(directory, source.model)
+    normalisation = source.normalised_by(shape[0], mean, std)
+    dataset = open_dataset(data, shape, normalisation, normalise_floats=mean is not None or std is not None)
+    if original:
+        load_original_(source.model, plan, weights)
+    source.model.to(next(p.dtype for p in student.parameters() if p.is_floating_point()))
+    dense_ms, student_ms = latency((source.model, student), source.example(shape))
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    base = accuracy(source.model, dataset, what="scoring the original", **options) if original else None
+    scored = accuracy(student, dataset, what="scoring the compressed model", **options)
+    return Comparison(
+        len(dataset), Side(base, plan.before, dense_ms), Side(scored, plan.after, student_ms), normalisation
+    )

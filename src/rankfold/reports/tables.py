@@ -1,0 +1,220 @@
+"""Results as tables for people and as objects for machines. Nothing is computed here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from rankfold.budget import UNITS, Cost
+
+if TYPE_CHECKING:
+    from rankfold.files.export import Exported
+    from rankfold.pipeline import Result
+    from rankfold.reports.analysis import Analysis
+    from rankfold.reports.comparison import Comparison, Side
+    from rankfold.reports.demo import Row
+    from rankfold.training.saved import FineTuning
+
+
+def compression_dict(result: Result, out: Path) -> dict[str, Any]:
+    """A compression in JSON's types."""
+    layers = [
+        {
+            "name": layer.name,
+            "kind": layer.kind,
+            "decomposition": layer.decomposition,
+            "ranks": list(layer.ranks),
+            "error": layer.error,
+            "before": vars(layer.before),
+            "after": vars(layer.after),
+            "aliases": list(layer.aliases),
+        }
+        for layer in result.plan.layers
+    ]
+    return {
+        "before": vars(result.before),
+        "after": vars(result.after),
+        "kept": result.after.kept(result.before),
+        "seconds": result.seconds,
+        "out": str(out),
+        "calibration": calibration(result.plan.settings),
+        "layers": layers,
+        "skipped": dict(result.plan.skipped),
+    }
+
+
+def compression(result: Result, out: Path) -> RenderableType:
+    """A compression as a table: layers, skipped layers, totals."""
+    table = _table("layer", "kind", "weight", "becomes", "ranks", ">MACs", ">kept", ">error %")
+    for layer in result.plan.layers:
+        kept = layer.after.macs / max(layer.before.macs, 1)
+        table.add_row(
+            layer.name,
+            layer.kind,
+            "×".join(map(str, layer.weight)),
+            layer.decomposition or Text("dense", "dim"),
+            " ".join(map(str, layer.ranks)),
+            count(layer.before.macs),
+            f"{100 * kept:.0f} %",
+            f"{100 * layer.error:.1f}" if layer.decomposition else "",
+        )
+    bound = result.plan.settings.get("bound")
+    objective = result.plan.settings.get("objective", 0.0)
+    proof = f"; no plan within the budget is below {bound:.4f}" if bound is not None else ""
+    minimised = result.plan.settings.get("minimised", "error")
+    what = "sum of squared relative errors predicted" if minimised == "error" else f"{minimised} kept in these layers"
+    notes = [
+        totals(result.before, result.after),
+        Text(f"{what} {objective:.4f}{proof}", "dim"),
+        Text(calibration(result.plan.settings), "dim"),
+        Text(f"{out}  ({result.seconds:.1f} s)"),
+    ]
+    return Group(table, skipped(result.plan.skipped), *notes)
+
+
+def calibration(settings: Mapping[str, Any]) -> str:
+    """What errors were measured by and why, in a line."""
+    reason = settings.get("calibration_reason", "asked for")
+    if settings.get("metric") == "frobenius":
+        return f"calibration: none, errors are those of the weights ({reason})"
+    unseen = settings.get("frobenius_layers")
+    never = f"; never called on them, so by their weights: {', '.join(unseen)}" if unseen else ""
+    inputs = f"{settings['calibration_samples']:,} {settings['calibration']}"
+    return f"calibration: {inputs} ({reason}); fitted {settings['fitted']}{never}"
+
+
+def analysis(report: Analysis) -> RenderableType:
+    """An analysis as a table: for each layer and decomposition the share of MACs that keeps nine tenths of it."""
+    names = list(dict.fromkeys(name for _, savings in report.layers for name in savings))
+    table = _table("layer", "kind", "weight", ">params", ">MACs", *(f">{name}" for name in names))
+    for layer, savings in report.layers:
+        cells = []
+        for name in names:
+            saving = savings.get(name)
+            cells.append(f"{100 * saving.macs_kept:.0f} %" if saving else "–")
+        shape = "×".join(map(str, layer.weight))
+        table.add_row(layer.name, layer.kind, shape, count(layer.dense.params), count(layer.dense.macs), *cells)
+    whole = f"{count(report.cost.params)} parameters, {count(report.cost.macs)} MACs, {count(report.cost.bytes)}B"
+    legend = "columns on the right: share of the layer's MACs that keeps 90 % of its energy; –: none saves anything"
+    return Group(table, skipped(report.skipped), Text(f"whole network: {whole}"), Text(legend, "dim"))
+
+
+def comparison(report: Comparison) -> RenderableType:
+    """A comparison as a table with a ratio per row."""
+    original, compressed = report.original, report.compressed
+    table = _table("", ">original", ">compressed", ">compressed / original")
+    if original.accuracy and compressed.accuracy:
+        for name in ("top1", "top5"):
+            was, now = getattr(original.accuracy, name), getattr(compressed.accuracy, name)
+            table.add_row(f"top-{name[-1]} %", f"{was:.2f}", f"{now:.2f}", f"{now - was:+.2f} points")
+    elif compressed.accuracy:
+        table.add_row("top-1 %", "not scored", f"{compressed.accuracy.top1:.2f}", "")
+        table.add_row("top-5 %", "not scored", f"{compressed.accuracy.top5:.2f}", "")
+    for unit in UNITS:
+        was, now = getattr(original.cost, unit), getattr(compressed.cost, unit)
+        table.add_row(unit, f"{was:,}", f"{now:,}", f"{now / max(was, 1):.3f}")
+    table.add_row("latency ms", *_latencies(original, compressed))
+    notes = f"{report.examples:,} examples; latency: median of a batch of one, in turns; normalisation: "
+    return Group(table, Text(notes + report.normalisation.source, "dim"))
+
+
+def fine_tuning(found: FineTuning) -> RenderableType:
+    """A fine-tuning as a table: a column for the original, the compressed and the fine-tuned network."""
+    table = _table("", ">original", ">compressed", ">fine-tuned")
+    for name, scores in (("held-out top-1 %", found.held_out), ("test top-1 %", found.test)):
+        if scores:
+            table.add_row(name, *(f"{score:.2f}" for score in scores))
+    for unit in UNITS:
+        was, now = getattr(found.plan.before, unit), getattr(found.plan.after, unit)
+        table.add_row(unit, f"{was:,}", f"{now:,}", f"{now:,}")
+    table.add_row("latency ms", *(f"{one:.2f}" for one in found.latencies_ms))
+    last = found.epochs[-1]
+    told = f"{len(found.epochs)} epochs, loss {found.epochs[0].loss:.4g} → {last.loss:.4g}, precision {found.precision}"
+    return Group(table, Text(told, "dim"), Text(f"{found.out}  ({found.seconds:.0f} s)"))
+
+
+def exported(found: Exported) -> RenderableType:
+    """An exported file, and how to run it."""
+    told = f"{found.folded} batch norms folded; outputs differ by {found.difference:.1g} of the largest"
+    return Group(
+        Text(f"{found.path}  ({count(found.bytes)}B)"),
+        Text(told, "dim"),
+        Text(f'torch.export.load("{found.path}").module()'),
+    )
+
+
+def demo_row_dict(row: Row) -> dict[str, Any]:
+    """A line of the demonstration in JSON's types."""
+    return {**vars(row), "cost": vars(row.cost)}
+
+
+def demo(rows: Sequence[Row], seconds: float) -> RenderableType:
+    """The demonstration as a table."""
+    first = rows[0]
+    table = _table(">MACs asked", "decomposition", ">MACs kept", ">params kept", ">top-1 %", ">latency", ">seconds")
+    budget = first.budget
+    for row in rows:
+        if row.budget != budget:
+            table.add_section()
+            budget = row.budget
+        kept = row.cost.kept(first.cost)
+        table.add_row(
+            f"{100 * row.budget:.0f} %" if row.budget else "",
+            row.decomposition,
+            f"{100 * kept['macs']:.1f} %",
+            f"{100 * kept['params']:.1f} %",
+            f"{row.top1:.2f}",
+            f"{row.milliseconds / first.milliseconds:.2f}×",
+            f"{row.seconds:.1f}" if row.budget else "",
+        )
+    whole = f"a CNN of {count(first.cost.params)} parameters and {count(first.cost.macs)} MACs on 360 held-out digits"
+    legend = (
+        "no data used, nothing fine-tuned; latency: batches of 64, in turns with the original; each saved and loaded"
+    )
+    return Group(table, Text(f"{whole}; {seconds:.0f} s in all"), Text(legend, "dim"))
+
+
+def totals(before: Cost, after: Cost) -> RenderableType:
+    """Costs before and after as a small table."""
+    table = _table("", ">before", ">after", ">kept")
+    for unit, kept in after.kept(before).items():
+        table.add_row(unit, f"{getattr(before, unit):,}", f"{getattr(after, unit):,}", f"{100 * kept:.2f} %")
+    return table
+
+
+def skipped(reasons: Mapping[str, str]) -> RenderableType:
+    """The skipped layers, with reasons."""
+    if not reasons:
+        return Text("no layer was skipped", "dim")
+    table = _table("skipped layer", "reason")
+    for name, reason in reasons.items():
+        table.add_row(name or "(the model itself)", reason)
+    return table
+
+
+def count(value: int) -> str:
+    """A count with three significant digits and a suffix: 40.6 M."""
+    number = float(value)
+    for suffix in ("", " k", " M", " G"):
+        if number < 1000:
+            return f"{number:.3g}{suffix}" if suffix else f"{value}"
+        number /= 1000
+    return f"{number:.3g} T"
+
+
+def _latencies(original: Side, compressed: Side) -> tuple[str, str, str]:
+    ratio = compressed.latency_ms / original.latency_ms
+    return f"{original.latency_ms:.2f}", f"{compressed.latency_ms:.2f}", f"{ratio:.3f}"
+
+
+def _table(*columns: str) -> Table:
+    """A plain table; a column whose name starts with > is set flush right."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in columns:
+        table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left")
+    return table

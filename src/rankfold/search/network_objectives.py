@@ -1,0 +1,184 @@
+"""Objectives that go through the whole network: all layers' weights at once, so that their interactions count.
+
+The blended weights stand in for the layers' own in one functional call; the network itself is never changed.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rankfold.errors import DataError, ModelError
+from rankfold.network.kinds import module_weight
+from rankfold.network.surgery import Inputs, arguments_of, describe_inputs, evaluating
+from rankfold.search.curves import Curve
+from rankfold.search.objective import Objective
+
+
+class NetworkObjective(Objective):
+    """A mean over batches of a loss of the network's outputs.
+
+    `batches` is any iterable; it is read once and kept. With `together=False` an evaluation takes one batch, the next
+    each time; otherwise all of them.
+    """
+
+    def __init__(self, model: nn.Module, batches: Iterable[Any], *, together: bool) -> None:
+        self.model = model
+        self.batches = list(batches)
+        self.together = together
+        if not self.batches:
+            raise DataError("the objective has no batches; give at least one")
+
+    @abstractmethod
+    def batch_loss(self, batch: int, call: Callable[[Inputs], Any]) -> Tensor:
+        """The loss of a batch, by number; `call` runs the network with the blended weights."""
+
+    @final
+    def gradient(
+        self, curves: Sequence[Curve], weights: Sequence[Tensor], iteration: int
+    ) -> tuple[float, tuple[Tensor, ...]]:
+        blended = [weight.detach().requires_grad_() for weight in weights]
+        call, chosen = self._call(curves, blended), self._chosen(iteration)
+        total, slopes = 0.0, [torch.zeros_like(weight) for weight in blended]
+        with evaluating(self.model), torch.enable_grad():
+            for batch in chosen:
+                loss = self.batch_loss(batch, call) / len(chosen)
+                found = torch.autograd.grad(loss, blended, retain_graph=batch != chosen[-1], allow_unused=True)
+                total += float(loss.detach())
+                slopes = [slope if new is None else slope + new for slope, new in zip(slopes, found, strict=True)]
+        return total, tuple(slopes)
+
+    @final
+    def loss(self, curves: Sequence[Curve], weights: Sequence[Tensor], iteration: int) -> float:
+        call, chosen = self._call(curves, weights), self._chosen(iteration)
+        with evaluating(self.model), torch.no_grad():
+            return sum(float(self.batch_loss(batch, call) / len(chosen)) for batch in chosen)
+
+    def _chosen(self, iteration: int) -> Sequence[int]:
+        """The batches of an evaluation, by number."""
+        return range(len(self.batches)) if self.together else [iteration % len(self.batches)]
+
+    def _call(self, curves: Sequence[Curve], weights: Sequence[Tensor]) -> Callable[[Inputs], Any]:
+        """The network with other weights, as a function."""
+        named = {
+            f"{curve.layer.name}.weight": module_weight(curve.layer, weight)
+            for curve, weight in zip(curves, weights, strict=True)
+        }
+        return partial(self._run, named)
+
+    def _run(self, named: dict[str, Tensor], inputs: Inputs) -> Any:
+        args, kwargs = arguments_of(inputs)
+        return torch.func.functional_call(self.model, named, args, kwargs)
+
+    def _amount(self) -> str:
+        """How much data there is, in words, with a sum that tells one set of batches from another."""
+        sizes = [describe_inputs(batch) for batch in self.batches]
+        check = sum(float(tensor.double().abs().sum()) for batch in self.batches for tensor in _tensors(batch))
+        return f"{len(self.batches)} batches, first {sizes[0]}, sum {check:.10g}, {'all' if self.together else 'one'}"
+
+
+class Divergence(NetworkObjective):
+    """How far the outputs are from the teacher's, the network's own, on unlabelled batches.
+
+    Outputs that are logits are compared by the Kullback-Leibler divergence of their softmax at `temperature`, over the
+    last axis; with `logits=False` by the squared error relative to the teacher's size. A batch is a tensor, a tuple of
+    positional or a dict of keyword arguments. The teacher runs once per batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Inputs],
+        *,
+        temperature: float = 1.0,
+        logits: bool = True,
+        together: bool = True,
+    ) -> None:
+        super().__init__(model, batches, together=together)
+        self.temperature = temperature
+        self.logits = logits
+        self._taught: dict[int, Tensor] = {}
+
+    def batch_loss(self, batch: int, call: Callable[[Inputs], Any]) -> Tensor:
+        inputs = self.batches[batch]
+        if batch not in self._taught:
+            args, kwargs = arguments_of(inputs)
+            with torch.no_grad():
+                self._taught[batch] = output_of(self.model(*args, **kwargs))
+        taught, output = self._taught[batch], output_of(call(inputs))
+        if not self.logits:
+            return (output - taught).square().sum() / taught.square().sum().clamp_min(1e-30)
+        return softened(output, taught, self.temperature)
+
+    def describe(self) -> str:
+        kind = f"Kullback-Leibler at temperature {self.temperature:g}" if self.logits else "squared error"
+        return f"divergence from the teacher ({kind}; {self._amount()})"
+
+
+class Validation(NetworkObjective):
+    """A loss on labelled batches: pairs of inputs and targets, cross-entropy unless another `loss` is given."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[tuple[Inputs, Any]],
+        *,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        together: bool = True,
+    ) -> None:
+        super().__init__(model, batches, together=together)
+        self.criterion = loss
+
+    def batch_loss(self, batch: int, call: Callable[[Inputs], Any]) -> Tensor:
+        inputs, targets = self.batches[batch]
+        output = call(inputs)
+        loss = (
+            self.criterion(output, targets) if self.criterion else functional.cross_entropy(output_of(output), targets)
+        )
+        if loss.ndim:
+            raise DataError(f"the validation loss must be one number; it has shape {tuple(loss.shape)}")
+        return loss
+
+    def describe(self) -> str:
+        name = getattr(self.criterion, "__qualname__", "the user's") if self.criterion else "cross-entropy"
+        return f"validation loss ({name}; {self._amount()})"
+
+
+def softened(output: Tensor, taught: Tensor, temperature: float) -> Tensor:
+    """T² times the Kullback-Leibler divergence of the softmax at T from the teacher's, over the last axis, per row.
+
+    Raises ModelError where the two do not have the same shape.
+    """
+    if output.shape != taught.shape:
+        raise ModelError(
+            f"the student gives outputs of shape {tuple(output.shape)}, the teacher {tuple(taught.shape)}; "
+            "distillation needs a teacher of the same classes"
+        )
+    own, other = (functional.log_softmax(one.float().flatten(0, -2) / temperature, -1) for one in (output, taught))
+    return temperature**2 * functional.kl_div(own, other, reduction="batchmean", log_target=True)
+
+
+def output_of(output: Any) -> Tensor:
+    """The tensor a network's output is compared by: itself, its `logits`, or its first tensor.
+
+    Raises ModelError where there is none.
+    """
+    named = getattr(output, "logits", output)
+    found = next(iter(_tensors(named)), None)
+    if found is None or not found.is_floating_point():
+        raise ModelError(f"the model returns {type(output).__name__}, which holds no floating tensor to compare")
+    return found
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if hasattr(value, "values") else value if isinstance(value, (tuple, list)) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]

@@ -1,0 +1,193 @@
+"""From one saved model to a better one: fine-tuning of a directory that `compress` wrote, taught by its original."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from rankfold.calibration.synthetic import synthetic_inputs
+from rankfold.decompositions import relative_error, wiring_of
+from rankfold.errors import DataError
+from rankfold.evaluation import accuracy, latency
+from rankfold.files.artifact import check_target, digest, load, load_plan, save
+from rankfold.files.original import load_original_, rebuild
+from rankfold.network.kinds import shape_of, stage_factors, weight_of
+from rankfold.pipeline import Result
+from rankfold.plan import LayerPlan, Plan
+from rankfold.progress import Progress, silent
+from rankfold.sources.data import Dataset, Normalisation, open_dataset
+from rankfold.sources.models import Source, build_model, load_weights_
+from rankfold.training import Epoch, Losses, Training, fine_tune, split
+
+SYNTHETIC = "synthetic:"
+STAGES = ("original", "compressed", "fine-tuned")
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """What became of a model: top-1 in percent on held-out training data, and on test data where they were given.
+
+    Accuracies and latencies (median milliseconds of a batch of one, in turns) are those of `STAGES`, in this order;
+    accuracies are empty where there are no labels. `main` is false in processes that only help.
+    """
+
+    plan: Plan
+    held_out: tuple[float, ...]
+    test: tuple[float, ...]
+    latencies_ms: tuple[float, ...]
+    epochs: tuple[Epoch, ...]
+    precision: str
+    seconds: float
+    out: Path
+    main: bool = True
+
+    def as_dict(self) -> dict[str, Any]:
+        """The outcome in JSON's types."""
+        return {
+            "held_out_top1": dict(zip(STAGES, self.held_out, strict=False)),
+            "test_top1": dict(zip(STAGES, self.test, strict=False)),
+            "latency_ms": dict(zip(STAGES, self.latencies_ms, strict=True)),
+            "before": vars(self.plan.before),
+            "after": vars(self.plan.after),
+            "kept": self.plan.after.kept(self.plan.before),
+            "epochs": [asdict(one) for one in self.epochs],
+            "precision": self.precision,
+            "seconds": self.seconds,
+            "out": str(self.out),
+        }
+
+
+def fine_tune_saved(
+    directory: str | Path,
+    data: str,
+    out: str | Path,
+    *,
+    training: Training | None = None,
+    losses: Losses | None = None,
+    labels: bool = True,
+    held_out: int | None = None,
+    test: str | None = None,
+    teacher: tuple[str, str | Path] | None = None,
+    weights: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> FineTuning:
+    """Fine-tunes the model saved in `directory` on `data` and saves it to `out`; the original is its teacher.
+
+    `data` is what `open_dataset` takes, or "synthetic:COUNT" for inputs made from the original, which have no labels.
+    `held_out` examples of the data, a tenth but at most 5,000 by default, are kept for scores after every epoch and
+    never trained on; `test` is read once, at the end. `teacher` is another teacher, a MODEL and the file of its
+    weights. Beside `out` stands the folder OUT.training with the checkpoint, from which `resume` goes on, and log.csv.
+    The saved plan lists under "fine_tunings" the settings of this run after those of any before it.
+    """
+    training, losses = training or Training(), losses or Losses()
+    target = Path(out).absolute()
+    check_target(target)
+    start = time.perf_counter()
+    plan = load_plan(directory)
+    source, shape = rebuild(plan, directory)
+    student = load(directory, source.model)
+    load_original_(source.model, plan, weights)
+    normalised = source.normalised_by(shape[0])
+    made = synthetic_count(data)
+    if made is not None:
+        everything, labels = _synthetic(made, source.model, shape, training.seed, progress), False
+    else:
+        everything = open_dataset(data, shape, normalised)
+    tested = open_dataset(test, shape, normalised) if test else None
+    if not labels:
+        trained_on, chosen, losses = everything, None, replace(losses, task=0.0)
+    else:
+        trained_on, chosen = split(everything, held_out or max(1, min(5000, len(everything) // 10)), training.seed)
+    work = target.with_name(f"{target.name}.training")
+    trained = fine_tune(
+        student,
+        trained_on,
+        teacher=_teacher(teacher) if teacher else source.model,
+        plan=plan,
+        original=source.model,
+        training=training,
+        losses=losses,
+        held_out=chosen,
+        checkpoint=work / "checkpoint.safetensors",
+        resume=resume,
+        log=work / "log.csv",
+        progress=progress,
+    )
+    models = (source.model, student, trained.model)
+    this = {
+        "training": {**asdict(training), "precision": trained.precision},
+        "losses": {name: value for name, value in asdict(losses).items() if name != "criterion"},
+        "data": data,
+        "examples": len(trained_on),
+        **({"teacher": teacher[0], "teacher_sha256": digest(Path(teacher[1]))} if teacher else {"teacher": "original"}),
+    }
+    settings = {
+        **plan.settings,
+        "fine_tunings": [*plan.settings.get("fine_tunings", []), this],
+        "metric": "frobenius, after fine-tuning",
+    }
+    plan = replace(plan, settings=settings, layers=tuple(_measured(layer, *models[::2]) for layer in plan.layers))
+    held, final = (
+        tuple(accuracy(model, part, progress=progress, what=f"scoring on {what}").top1 for model in models)
+        if part is not None and trained.main
+        else ()
+        for part, what in ((chosen, "held-out data"), (tested, "test data"))
+    )
+    times = _latencies(source, shape, models) if trained.main else (0.0,) * len(models)
+    found = FineTuning(
+        plan, held, final, times, trained.epochs, trained.precision, time.perf_counter() - start, target, trained.main
+    )
+    if trained.main:
+        result = Result(trained.model, plan, found.seconds)
+        origin = {name: value for name, value in plan.source.items() if name != "files"}
+        save(result, target, source=origin, metrics={"fine_tuning": found.as_dict()})
+    return found
+
+
+def synthetic_count(data: str) -> int | None:
+    """How many inputs "synthetic:COUNT" asks for, None of other data; raises DataError where that is no number."""
+    if not data.startswith(SYNTHETIC):
+        return None
+    count = data.removeprefix(SYNTHETIC)
+    if not count.isdecimal() or int(count) < 1:
+        raise DataError(f"data {data!r}: say how many inputs are to be made, for example synthetic:4096")
+    return int(count)
+
+
+def _synthetic(count: int, model: nn.Module, shape: tuple[int, ...], seed: int, progress: Progress) -> Dataset:
+    """So many inputs made from the network; the labels are all zero and mean nothing."""
+    x = torch.cat(synthetic_inputs(model, shape, count, seed=seed, progress=progress)).float().numpy()
+    return Dataset(x, np.zeros(len(x), np.int64), shape, Normalisation((0.0,), (1.0,), "none"))
+
+
+def _teacher(given: tuple[str, str | Path]) -> nn.Module:
+    """Another network, by MODEL and weights."""
+    spec, path = given
+    model = build_model(spec).model
+    load_weights_(model, path)
+    return model
+
+
+def _measured(layer: LayerPlan, original: nn.Module, student: nn.Module) -> LayerPlan:
+    """The plan's entry with the relative squared Frobenius error of the factors as they are now."""
+    if layer.decomposition is None:
+        return layer
+    module = original.get_submodule(layer.name)
+    wiring = wiring_of(layer.decomposition, shape_of(module))
+    factors = stage_factors(student.get_submodule(layer.name), module, wiring, layer.ranks)
+    exact = tuple(factor.detach().double() for factor in factors)
+    return replace(layer, error=relative_error(weight_of(module).double(), wiring, exact))
+
+
+def _latencies(source: Source, shape: tuple[int, ...], models: Sequence[nn.Module]) -> tuple[float, ...]:
+    dtype = next(p.dtype for p in models[-1].parameters() if p.is_floating_point())
+    source.model.to(dtype)
+    return latency(models, source.example(shape))

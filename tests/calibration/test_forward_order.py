@@ -1,0 +1,194 @@
+"""Fits in forward order: towards the original's outputs, from what the compressed network really passes on."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conformance.cases import CASES, Case  # type: ignore[import-not-found]
+from torch import nn
+
+from rankfold import Budget, DataError, compress
+from rankfold.calibration.forward_order import LARGEST_CHANGE, refit_
+from rankfold.network.kinds import weight_of
+from rankfold.network.surgery import apply_plan, cost_of, find_layers
+from rankfold.pipeline import assign, make_plan, measure
+from rankfold.plan import Plan
+
+
+def planned(model: nn.Module, x: torch.Tensor, decomposition: str = "svd", budget: float = 0.4) -> Plan:
+    choices, layers = assign(find_layers(model, x), decomposition)
+    curves = measure(model, layers, choices, units=("params",))
+    return make_plan(curves, layers, cost_of(model, x), budget=Budget(params=budget))
+
+
+def smooth(count: int, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    """Correlated inputs that are not centred."""
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed)).cumsum(-1) / 2 + 0.5
+
+
+@pytest.fixture
+def normed() -> nn.Module:
+    """Convolutions with batch norms that hold statistics, then a linear layer with a bias."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 12), (12, 16), (16, 16)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 10))
+    model.train()
+    for seed in range(30):
+        model(smooth(32, (3, 8, 8), seed))
+    return model.eval()
+
+
+def distance(model: nn.Module, student: nn.Module, x: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float((model(x) - student(x)).square().sum() / model(x).square().sum())
+
+
+@pytest.mark.parametrize("decomposition", ["svd", "spatial", "tucker", "cp3"])
+def test_the_network_comes_closer_to_its_original(normed: nn.Module, decomposition: str):
+    batches = [smooth(64, (3, 8, 8), seed) for seed in (50, 51)]
+    unseen = smooth(64, (3, 8, 8), 99)
+    budget = Budget(params=0.4)
+    apart, in_order = (
+        compress(normed, unseen[:1], decomposition=decomposition, budget=budget, calibration=batches, sequential=way)
+        for way in (False, True)
+    )
+    assert apart.plan.settings["fitted"] == "layer by layer"
+    assert in_order.plan.settings["fitted"] == "in forward order"
+    assert in_order.after == apart.after
+    assert distance(normed, in_order.model, batches[0]) < 0.8 * distance(normed, apart.model, batches[0])
+    assert distance(normed, in_order.model, unseen) < distance(normed, apart.model, unseen)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.label != "conv2d-depthwise"], ids=lambda case: case.label)
+def test_every_layer_kind_gives_outputs_no_further_from_the_originals(case: Case):
+    """The same layer behind one that changes its inputs; the bias is free, so the mean is right as well."""
+    shape = (case.inputs[0] * 8, *case.inputs[1:])
+    x = smooth(shape[0], shape[1:])
+    model = nn.Sequential(nn.Identity(), copy.deepcopy(case.module)).eval()
+    plan = planned(model, x, budget=0.9)
+    student, plan = apply_plan(model, plan)
+    student[0] = nn.Hardtanh(-1.0, 1.5)  # stands for earlier layers that lost something
+    before = distance(model, student, x)
+    refit_(student, model, plan, [x])
+    assert plan.decomposed
+    assert distance(model, student, x) < before
+    if case.module.bias is not None:
+        axis = -1 if isinstance(case.module, nn.Linear) else 1
+        with torch.no_grad():
+            means = [out.movedim(axis, 0).flatten(1).mean(1) for out in (model(x), student(x))]
+        torch.testing.assert_close(*means, atol=1e-4, rtol=1e-3)
+
+
+def test_a_student_that_lost_nothing_stays_as_it_is(normed: nn.Module):
+    x = smooth(64, (3, 8, 8), 7)
+    plan = planned(normed, x[:1], budget=1.0)
+    student, plan = apply_plan(normed, plan)
+    exact = distance(normed, student, x)
+    refit_(student, normed, plan, [x])
+    assert distance(normed, student, x) <= exact + 1e-5
+
+
+def test_batch_norms_get_the_change_of_their_inputs_statistics(normed: nn.Module):
+    """Measured on inputs quite unlike those of training: what the norms hold moves by what compression changed."""
+    x = smooth(256, (3, 8, 8), 3) * 2 - 1
+    student, plan = apply_plan(normed, planned(normed, x[:1]))
+    refit_(student, normed, plan, [x])
+    seen: list[torch.Tensor] = []
+    for model in (normed, student):
+        handles = [model[k].register_forward_pre_hook(lambda m, args: seen.append(args[0])) for k in (1, 4, 7)]
+        with torch.no_grad():
+            model(x)
+        for handle in handles:
+            handle.remove()
+    for place, k in enumerate((1, 4, 7)):
+        original, held = normed[k], student[k]
+        before, after = (seen[place + offset].movedim(1, 0).flatten(1) for offset in (0, 3))
+        moved = after.mean(1) - before.mean(1)
+        torch.testing.assert_close(held.running_mean, original.running_mean + moved, atol=2e-3, rtol=1e-2)
+        ratio = (after.var(1) / before.var(1)).clamp(1 / LARGEST_CHANGE, LARGEST_CHANGE)
+        torch.testing.assert_close(held.running_var, original.running_var * ratio, atol=1e-3, rtol=1e-2)
+
+
+def test_layers_called_twice_are_fitted_to_all_their_calls():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(16, 16)
+            self.shared = nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.shared(torch.relu_(self.shared(torch.relu_(self.first(x)))))
+
+    torch.manual_seed(0)
+    model, x = Twice().eval(), smooth(400, (16,), 1)
+    student, plan = apply_plan(model, planned(model, x[:1], budget=0.7))
+    assert {layer.name for layer in plan.decomposed} == {"first", "shared"}
+    before, bias = distance(model, student, x), student.shared[1].bias.clone()
+    refit_(student, model, plan, [x])
+    assert distance(model, student, x) < before
+    assert torch.equal(student.shared[1].bias, bias)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_handful_of_single_examples_does_no_harm(count: int):
+    """One position per batch, fewer than dimensions: the target stays near the weight, and everything finite."""
+    torch.manual_seed(0)
+    model, unseen = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8)).eval(), smooth(200, (16,), 5)
+    student, plan = apply_plan(model, planned(model, unseen[:1], budget=0.7))
+    before = distance(model, student, unseen)
+    refit_(student, model, plan, list(smooth(count, (16,), 6).split(1)))
+    assert distance(model, student, unseen) < 3 * before
+
+
+def test_errors_of_the_plan_are_those_of_the_factors(normed: nn.Module):
+    x = smooth(64, (3, 8, 8), 7)
+    result = compress(normed, x[:1], decomposition="svd", budget=Budget(params=0.4), calibration=[x])
+    plain, plan = apply_plan(normed, planned(normed, x[:1]))
+    plan = refit_(plain, normed, plan, [x])
+    layer = plan.decomposed[0]
+    held = plain.get_submodule(layer.name)
+    product = (held[1].weight.flatten(1) @ held[0].weight.flatten(1)).detach().double()
+    weight = weight_of(normed.get_submodule(layer.name)).double().flatten(1).reshape(product.shape)
+    error = float((weight - product).square().sum() / weight.square().sum())
+    assert layer.error == pytest.approx(error, rel=1e-5)
+    assert all(layer.error > 0 for layer in result.plan.decomposed)
+
+
+def test_what_happens_on_the_way_leaves_no_trace(normed: nn.Module):
+    x = smooth(8, (3, 8, 8), 7)
+    student, plan = apply_plan(normed, planned(normed, x[:1]))
+    normed.train()
+    before = copy.deepcopy(normed.state_dict())
+    with pytest.raises(DataError, match="batch 1"):
+        refit_(student, normed, plan, [x, torch.zeros(2, 4, 8, 8)])
+    assert normed.training
+    assert all(torch.equal(before[name], value) for name, value in normed.state_dict().items())
+    for model in (normed, student):
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_which_calibration_is_taken_and_why(normed: nn.Module, small_cnn: nn.Module):
+    x = smooth(1, (3, 8, 8))
+    budget = Budget(params=0.5)
+    settings = compress(normed, x, budget=budget, calibration_samples=16).plan.settings
+    assert settings["calibration"] == "synthetic inputs"
+    assert settings["calibration_samples"] == 16
+    assert settings["calibration_reason"] == "its 3 batch norms hold the statistics that inputs are matched to"
+    settings = compress(small_cnn, x, budget=budget, calibration_samples=16).plan.settings
+    assert settings["calibration"] == "synthetic inputs"
+    assert settings["calibration_reason"].startswith("noise with the spectrum of images, as it has no batch norms")
+    vectors = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8)).eval()
+    settings = compress(vectors, torch.zeros(1, 16), decomposition="svd", budget=Budget(params=0.7)).plan.settings
+    assert (settings["metric"], settings["calibration"]) == ("frobenius", "none")
+    assert "no batch norms" in settings["calibration_reason"]
+    limited = compress(normed, x, budget=Budget(error=0.1)).plan.settings
+    assert limited["metric"] == "frobenius"
+    assert "limits the error" in limited["calibration_reason"]
+    batches = (smooth(8, (3, 8, 8), seed) for seed in (1, 2))
+    settings = compress(normed, x, budget=budget, calibration=batches).plan.settings
+    assert (settings["calibration"], settings["calibration_samples"]) == ("given inputs", 16)
+    assert settings["fitted"] == "in forward order"

@@ -1,0 +1,116 @@
+"""Inputs made from the network: reproducible, spectrally like images, and closer to what batch norms hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rankfold import Budget, DataError, compress
+from rankfold.calibration.synthetic import advice, pink_noise, synthetic_inputs, synthetic_like
+
+
+@pytest.fixture
+def normed() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    images = 2 * pink_noise(64, (3, 16, 16), torch.Generator().manual_seed(9)) + 0.7
+    model.train()
+    for _ in range(40):
+        model(images)
+    return model.eval()
+
+
+def distance(model: nn.Module, x: torch.Tensor) -> float:
+    found = []
+
+    def compare(module: nn.BatchNorm2d, args: tuple[torch.Tensor]) -> None:
+        found.append(float(((args[0].mean((0, 2, 3)) - module.running_mean).square() / module.running_var).mean()))
+
+    handles = [m.register_forward_pre_hook(compare) for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return sum(found)
+
+
+def test_amplitude_falls_with_frequency_and_colours_go_together():
+    noise = pink_noise(64, (3, 32, 32), torch.Generator().manual_seed(0))
+    assert noise.shape == (64, 3, 32, 32)
+    assert float(noise.std()) == pytest.approx(1, abs=1e-4)
+    spectrum = torch.fft.fft2(noise).abs().square().mean((0, 1))
+    assert float(spectrum[0, 2]) / float(spectrum[0, 8]) == pytest.approx(16, rel=0.5)  # power like 1/f²
+    correlation = torch.corrcoef(noise.movedim(1, 0).flatten(1))
+    assert float(correlation[0, 1]) == pytest.approx(0.9, abs=0.05)
+
+
+def test_inputs_come_closer_to_the_statistics_and_are_the_same_for_the_same_seed(normed: nn.Module):
+    normed.train()
+    before = [p.clone() for p in (*normed.parameters(), *normed.buffers())]
+    found = synthetic_inputs(normed, (3, 16, 16), 140, seed=1, steps=20)
+    assert [len(batch) for batch in found] == [128, 12]
+    assert all(torch.equal(a, b) for a, b in zip(before, (*normed.parameters(), *normed.buffers()), strict=True))
+    assert normed.training
+    assert not any(module._forward_pre_hooks for module in normed.modules())
+    normed.eval()
+    start = pink_noise(128, (3, 16, 16), torch.Generator().manual_seed(1))
+    assert distance(normed, found[0]) < 0.5 * distance(normed, start)
+    again = synthetic_inputs(normed, (3, 16, 16), 140, seed=1, steps=20)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    other = synthetic_inputs(normed, (3, 16, 16), 140, seed=2, steps=1)
+    assert not torch.equal(found[0], other[0])
+
+
+def test_a_network_without_batch_norms_gets_noise(small_cnn: nn.Module):
+    (found,) = synthetic_inputs(small_cnn, (3, 8, 8), 16)
+    assert torch.equal(found, pink_noise(16, (3, 8, 8), torch.Generator().manual_seed(0)))
+    assert pink_noise(4, (7,), torch.Generator()).shape == (4, 7)
+
+
+class Reader(nn.Module):
+    """Reads tokens by name, with segments and a mask beside them, as transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.segments, self.mix = nn.Embedding(50, 8), nn.Embedding(2, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids: torch.Tensor, token_type_ids: torch.Tensor, attention_mask: torch.Tensor):
+        x = self.words(input_ids.view(-1, input_ids.shape[-1])) + self.segments(token_type_ids)
+        return self.mix(x) * attention_mask[..., None]
+
+
+def test_tokens_are_drawn_from_the_vocabulary_and_all_else_is_the_examples():
+    model = Reader().eval()
+    example = {
+        "input_ids": torch.tensor([[1, 7, 8, 2], [1, 9, 2, 0]]),
+        "token_type_ids": torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+    }
+    before = {name: value.clone() for name, value in example.items()}
+    kind, reason = advice(model, example)
+    assert (kind, "vocabulary of 50" in reason) == ("synthetic", True)
+    batches = synthetic_like(model, example, 200)
+    assert [len(batch["input_ids"]) for batch in batches] == [128, 72]
+    ids = torch.cat([batch["input_ids"] for batch in batches])
+    assert (int(ids[:, 1:-1].min()), int(ids[:, 1:-1].max())) == (0, 49)
+    assert torch.equal(ids[:, [0, -1]], example["input_ids"][:, [0, -1]].repeat(100, 1))
+    for name in ("token_type_ids", "attention_mask"):
+        assert torch.equal(torch.cat([batch[name] for batch in batches]), example[name].repeat(100, 1))
+    again = synthetic_like(model, example, 200)
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again, strict=True))
+    assert all(torch.equal(value, before[name]) for name, value in example.items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    result = compress(model, example, decomposition="svd", budget=Budget(params=0.99))
+    assert result.plan.settings["calibration_samples"] >= 32
+
+    single = nn.Sequential(nn.Embedding(30, 4), nn.Linear(4, 4)).eval()
+    (batch,) = synthetic_like(single, torch.zeros(1, 5, dtype=torch.int64), 3)
+    assert batch[0].shape == (3, 5)
+
+
+def test_what_cannot_be_made_is_said():
+    model, numbers = nn.Linear(4, 4), (torch.zeros(1, 4), torch.zeros(1, 4))
+    assert advice(model, numbers)[0] == "none"
+    with pytest.raises(DataError, match="give a few unlabelled inputs"):
+        synthetic_like(model, numbers)
