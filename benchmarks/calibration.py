@@ -23,7 +23,7 @@ from rankfold import Budget, compress
 from rankfold.calibration.moments import Calibration, calibrate
 from rankfold.calibration.synthetic import synthetic_like
 from rankfold.evaluation import accuracy
-from rankfold.network.surgery import find_layers
+from rankfold.network.finding import find_layers
 from rankfold.sources.data import Dataset
 from rankfold.sources.models import Source
 

@@ -19,7 +19,8 @@ from torch import nn
 
 from rankfold import Budget, Cost, Result
 from rankfold.evaluation import Accuracy
-from rankfold.network.surgery import Layers, cost_of, find_layers
+from rankfold.network.costs import cost_of
+from rankfold.network.finding import Layers, find_layers
 from rankfold.pipeline import assign, measure, pose
 from rankfold.search import Problem
 from rankfold.search.curves import Curve

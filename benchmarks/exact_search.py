@@ -12,7 +12,8 @@ import torch
 from common import record, write
 
 from rankfold import Budget
-from rankfold.network.surgery import cost_of, find_layers
+from rankfold.network.costs import cost_of
+from rankfold.network.finding import find_layers
 from rankfold.pipeline import assign, make_plan, measure
 from rankfold.sources.models import build_model
 

@@ -12,8 +12,8 @@ from common import network, parser, record, require_data, write
 from torch import nn
 
 from rankfold.decompositions import DECOMPOSITIONS, fit, reconstruct, wiring_of
+from rankfold.network.finding import find_layers
 from rankfold.network.kinds import factorised, stage_weights, weight_of
-from rankfold.network.surgery import find_layers
 from rankfold.search.curves import measure_layer
 
 

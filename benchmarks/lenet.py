@@ -11,8 +11,8 @@ from common import accuracy_record, network, parser, require_data, unlabelled, w
 
 from rankfold import Budget, compress
 from rankfold.evaluation import accuracy
+from rankfold.objectives import Divergence
 from rankfold.search import Rene
-from rankfold.search.network_objectives import Divergence
 
 
 def main() -> None:

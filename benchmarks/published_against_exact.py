@@ -19,8 +19,8 @@ from common import network, parser, record, require_data, write
 
 from rankfold import Budget, SearchError, compress
 from rankfold.evaluation import accuracy
+from rankfold.objectives import Validation
 from rankfold.search import Search
-from rankfold.search.network_objectives import Validation
 from rankfold.search.published import Published
 
 LAYERS = ["layer*"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.errors import DataError
-from rankfold.network.surgery import Inputs, describe_inputs, evaluating, run
+from rankfold.network.passes import Inputs, describe_inputs, evaluating, run
 from rankfold.progress import Progress, silent
 from rankfold.sources.data import Dataset
 

@@ -19,17 +19,11 @@ from rankfold.decompositions import DECOMPOSITIONS, Factors
 from rankfold.decompositions import decomposition as known_decomposition
 from rankfold.decompositions.metric import IDENTITY, Moment
 from rankfold.errors import ModelError, RankfoldError, UnknownNameError
+from rankfold.network.costs import cost_of
+from rankfold.network.finding import Layers, check_model, find_layers, matches
 from rankfold.network.kinds import weight_of
-from rankfold.network.surgery import (
-    Inputs,
-    Layers,
-    apply_plan,
-    check_model,
-    cost_of,
-    find_layers,
-    matches,
-    run,
-)
+from rankfold.network.passes import Inputs, run
+from rankfold.network.surgery import apply_plan
 from rankfold.plan import LayerPlan, LayerSpec, Plan
 from rankfold.progress import Progress, silent
 from rankfold.search import Problem, Search, settle

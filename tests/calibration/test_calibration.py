@@ -11,8 +11,8 @@ from rankfold import DataError
 from rankfold.calibration import moments
 from rankfold.calibration.moments import calibrate
 from rankfold.decompositions.metric import Moment
+from rankfold.network.finding import find_layers
 from rankfold.network.kinds import weight_of
-from rankfold.network.surgery import find_layers
 
 
 def calibrated(model: nn.Module, batches: list) -> moments.Calibration:

@@ -11,8 +11,10 @@ from torch import nn
 
 from rankfold import Budget, DataError, compress
 from rankfold.calibration.forward_order import LARGEST_CHANGE, refit_
+from rankfold.network.costs import cost_of
+from rankfold.network.finding import find_layers
 from rankfold.network.kinds import weight_of
-from rankfold.network.surgery import apply_plan, cost_of, find_layers
+from rankfold.network.surgery import apply_plan
 from rankfold.pipeline import assign, make_plan, measure
 from rankfold.plan import Plan
 

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rankfold import Budget, Cost, compress
 from rankfold.decompositions import DECOMPOSITIONS, expand, family_of, fit, reconstruct, relative_error, wiring_of
+from rankfold.network.finding import find_layers
 from rankfold.network.kinds import (
     FLOATS,
     LAYER_KINDS,
@@ -25,7 +26,6 @@ from rankfold.network.kinds import (
     weights_of_stages,
     write_factors_,
 )
-from rankfold.network.surgery import find_layers
 from rankfold.plan import LayerPlan, Plan
 from rankfold.search.curves import measure_layer
 from rankfold.training import geometry

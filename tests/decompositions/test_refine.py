@@ -11,8 +11,8 @@ from rankfold import Budget, compress
 from rankfold.calibration.moments import calibrate
 from rankfold.decompositions import expand, fit, metric_error, wiring_of
 from rankfold.decompositions.metric import IDENTITY, Moment
+from rankfold.network.finding import find_layers
 from rankfold.network.kinds import shape_of, weight_of
-from rankfold.network.surgery import find_layers
 
 
 def moment_of(case: Case, examples: int = 4) -> Moment:

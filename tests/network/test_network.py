@@ -8,7 +8,9 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankfold import Budget, ModelError, PlanError, UnknownNameError, compress
-from rankfold.network.surgery import apply_plan, cost_of, find_layers
+from rankfold.network.costs import cost_of
+from rankfold.network.finding import find_layers
+from rankfold.network.surgery import apply_plan
 
 
 def test_shared_modules_and_tied_weights_stay_shared_and_are_decomposed_once():

@@ -12,7 +12,7 @@ from test_rene import KilledError, killed_after, problem_of
 from torch import nn
 
 from rankfold import Budget, BudgetError, SearchError, compress
-from rankfold.search.network_objectives import Validation
+from rankfold.objectives import Validation
 from rankfold.search.published import CIFAR, IMAGENET, Published, Schedule
 
 TINY = Schedule(2, 10, 4, 4)

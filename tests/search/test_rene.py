@@ -16,12 +16,13 @@ from torch import nn
 from rankfold import ArtifactError, Budget, BudgetError, DataError, SearchError, compress
 from rankfold.decompositions import expand, reconstruct
 from rankfold.decompositions.metric import Moment
+from rankfold.network.costs import cost_of
+from rankfold.network.finding import find_layers
 from rankfold.network.kinds import module_weight, weight_of
-from rankfold.network.surgery import cost_of, find_layers
+from rankfold.objectives import Divergence, Validation
 from rankfold.pipeline import assign, measure, pose
 from rankfold.search import SEARCHES, Problem, Reconstruction, Rene
 from rankfold.search.curves import measure_layer
-from rankfold.search.network_objectives import Divergence, Validation
 from rankfold.search.objective import inner
 from rankfold.search.relaxation import entropy, relax
 from rankfold.search.rounding import polished

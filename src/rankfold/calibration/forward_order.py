@@ -30,9 +30,10 @@ from rankfold.decompositions import Factors, metric_error, reconstruct, wiring_o
 from rankfold.decompositions.metric import IDENTITY, Moment
 from rankfold.decompositions.refine import refine
 from rankfold.decompositions.wiring import LayerShape, Wiring
+from rankfold.network.finding import traced
 from rankfold.network.hooks import attached
 from rankfold.network.kinds import LAYER_KINDS, shape_of, stage_factors, weight_of, weights_of_stages, write_factors_
-from rankfold.network.surgery import Inputs, traced
+from rankfold.network.passes import Inputs
 from rankfold.plan import LayerPlan, Plan
 from rankfold.progress import Progress, silent
 

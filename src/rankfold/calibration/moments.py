@@ -23,7 +23,7 @@ from rankfold.decompositions.wiring import LayerShape
 from rankfold.errors import DataError
 from rankfold.network.hooks import attached
 from rankfold.network.kinds import LAYER_KINDS, shape_of
-from rankfold.network.surgery import Inputs, arguments_of, describe_inputs, run
+from rankfold.network.passes import Inputs, arguments_of, describe_inputs, run
 from rankfold.plan import LayerSpec
 from rankfold.progress import Progress, silent
 

@@ -23,8 +23,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rankfold.errors import DataError
+from rankfold.network.finding import holds_statistics
 from rankfold.network.hooks import attached
-from rankfold.network.surgery import Inputs, arguments_of, describe_inputs, evaluating, holds_statistics, run
+from rankfold.network.passes import Inputs, arguments_of, describe_inputs, evaluating, run
 from rankfold.progress import Progress, silent
 
 SAMPLES, FEWEST = 512, 32

@@ -198,8 +198,8 @@ def _search(
 ) -> str | Search:
     """The search that the options of compress describe."""
     from rankfold.errors import UnknownNameError
+    from rankfold.objectives import Divergence, Validation
     from rankfold.search import Rene
-    from rankfold.search.network_objectives import Divergence, Validation
 
     if objective not in OBJECTIVES:
         raise UnknownNameError("objective", objective, OBJECTIVES)

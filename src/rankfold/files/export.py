@@ -19,9 +19,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from rankfold.errors import ArtifactError, ModelError
 from rankfold.files.artifact import load, load_plan
 from rankfold.files.original import rebuild
+from rankfold.network.finding import traced
 from rankfold.network.kinds import LAYER_KINDS
-from rankfold.network.surgery import duplicate, run, traced
-from rankfold.search.network_objectives import output_of
+from rankfold.network.passes import output_of, run
+from rankfold.network.surgery import duplicate
 
 TOLERANCE = 1e-3
 """Largest difference of outputs, relative to the largest output, that folding and exporting may make."""

@@ -10,8 +10,10 @@ import numpy as np
 from torch import nn
 
 from rankfold.budget import Cost
+from rankfold.network.costs import cost_of
+from rankfold.network.finding import check_model, find_layers
 from rankfold.network.kinds import weight_of
-from rankfold.network.surgery import Inputs, check_model, cost_of, find_layers
+from rankfold.network.passes import Inputs
 from rankfold.pipeline import Decompositions, assign
 from rankfold.plan import LayerSpec
 from rankfold.progress import Progress, silent

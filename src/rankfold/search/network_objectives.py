@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from rankfold.errors import DataError, ModelError
 from rankfold.network.kinds import module_weight
-from rankfold.network.surgery import Inputs, arguments_of, describe_inputs, evaluating
+from rankfold.network.passes import Inputs, arguments_of, describe_inputs, evaluating, output_of, tensors_in
 from rankfold.search.curves import Curve
 from rankfold.search.objective import Objective
 
@@ -79,7 +79,7 @@ class NetworkObjective(Objective):
     def _amount(self) -> str:
         """How much data there is, in words, with a sum that tells one set of batches from another."""
         sizes = [describe_inputs(batch) for batch in self.batches]
-        check = sum(float(tensor.double().abs().sum()) for batch in self.batches for tensor in _tensors(batch))
+        check = sum(float(tensor.double().abs().sum()) for batch in self.batches for tensor in tensors_in(batch))
         return f"{len(self.batches)} batches, first {sizes[0]}, sum {check:.10g}, {'all' if self.together else 'one'}"
 
 
@@ -162,23 +162,3 @@ def softened(output: Tensor, taught: Tensor, temperature: float) -> Tensor:
         )
     own, other = (functional.log_softmax(one.float().flatten(0, -2) / temperature, -1) for one in (output, taught))
     return temperature**2 * functional.kl_div(own, other, reduction="batchmean", log_target=True)
-
-
-def output_of(output: Any) -> Tensor:
-    """The tensor a network's output is compared by: itself, its `logits`, or its first tensor.
-
-    Raises ModelError where there is none.
-    """
-    named = getattr(output, "logits", output)
-    found = next(iter(_tensors(named)), None)
-    if found is None or not found.is_floating_point():
-        raise ModelError(f"the model returns {type(output).__name__}, which holds no floating tensor to compare")
-    return found
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors in nested tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        return [value]
-    parts = value.values() if hasattr(value, "values") else value if isinstance(value, (tuple, list)) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]

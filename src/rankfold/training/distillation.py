@@ -22,8 +22,9 @@ from rankfold.decompositions import reconstruct, wiring_of
 from rankfold.errors import TrainingError
 from rankfold.network.hooks import attached
 from rankfold.network.kinds import shape_of, stage_factors, weight_of
+from rankfold.network.passes import output_of
 from rankfold.plan import LayerPlan, Plan
-from rankfold.search.network_objectives import output_of, softened
+from rankfold.search.network_objectives import softened
 from rankfold.training.geometry import check_place
 
 
