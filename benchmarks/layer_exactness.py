@@ -14,7 +14,7 @@ from torch import nn
 from rankfold.decompositions import DECOMPOSITIONS, fit, reconstruct, wiring_of
 from rankfold.network.finding import find_layers
 from rankfold.network.kinds import factorised, stage_weights, weight_of
-from rankfold.search.curves import measure_layer
+from rankfold.search.candidates import measure_layer
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from rankfold.decompositions.wiring import Call, LayerShape
 from rankfold.pipeline import pose
 from rankfold.plan import LayerSpec
 from rankfold.search import Rene, settle
-from rankfold.search.curves import measure_layer
+from rankfold.search.candidates import measure_layer
 from rankfold.search.evbmf import evbmf_ranks
 from rankfold.search.published import Published, Schedule
 

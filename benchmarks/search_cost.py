@@ -22,7 +22,8 @@ from rankfold import Cost
 from rankfold.decompositions.wiring import Call, LayerShape
 from rankfold.plan import LayerSpec
 from rankfold.search import Problem, Rene
-from rankfold.search.curves import Curve, measure_layer
+from rankfold.search.candidates import measure_layer
+from rankfold.search.curves import Curve
 
 WIDTHS = (512, 1024, 2048, 4096, 8192)
 

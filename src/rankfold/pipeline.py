@@ -28,7 +28,8 @@ from rankfold.plan import LayerPlan, LayerSpec, Plan
 from rankfold.progress import Progress, silent
 from rankfold.search import Problem, Search, settle
 from rankfold.search import search as known_search
-from rankfold.search.curves import Curve, measure_layer, smallest_form
+from rankfold.search.candidates import measure_layer, smallest_form
+from rankfold.search.curves import Curve
 from rankfold.search.trace import Trace
 
 Decompositions = str | Sequence[str] | Mapping[str, str | Sequence[str]]

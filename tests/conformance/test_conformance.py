@@ -27,7 +27,7 @@ from rankfold.network.kinds import (
     write_factors_,
 )
 from rankfold.plan import LayerPlan, Plan
-from rankfold.search.curves import measure_layer
+from rankfold.search.candidates import measure_layer
 from rankfold.training import geometry
 
 each_name = pytest.mark.parametrize("name", NAMES)

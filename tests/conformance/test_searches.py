@@ -18,7 +18,8 @@ from rankfold.budget import UNITS, Cost
 from rankfold.decompositions.wiring import Call, LayerShape
 from rankfold.plan import LayerSpec
 from rankfold.search import SEARCHES, Problem
-from rankfold.search.curves import Curve, pareto
+from rankfold.search.candidates import pareto
+from rankfold.search.curves import Curve
 
 NEED_WEIGHTS = {"evbmf"}
 """Searches that look at the weights, which random problems have none of."""

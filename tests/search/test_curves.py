@@ -11,7 +11,7 @@ import torch
 from rankfold.decompositions import DECOMPOSITIONS, expand, relative_error, wiring_of
 from rankfold.decompositions.wiring import Call, LayerShape
 from rankfold.plan import LayerSpec
-from rankfold.search.curves import BALANCE, measure_layer
+from rankfold.search.candidates import BALANCE, measure_layer
 
 SHAPE = LayerShape(7, 6, (3, 3), calls=(Call(1, (10, 10), (5, 5)),))
 LAYER = LayerSpec("conv", "Conv2d", SHAPE, "float32", 4, (7, 6, 3, 3))

@@ -22,7 +22,7 @@ from rankfold.network.kinds import module_weight, weight_of
 from rankfold.objectives import Divergence, Validation
 from rankfold.pipeline import assign, measure, pose
 from rankfold.search import SEARCHES, Problem, Reconstruction, Rene
-from rankfold.search.curves import measure_layer
+from rankfold.search.candidates import measure_layer
 from rankfold.search.objective import inner
 from rankfold.search.relaxation import entropy, relax
 from rankfold.search.rounding import polished

@@ -17,7 +17,8 @@ from rankfold.network.passes import Inputs
 from rankfold.pipeline import Decompositions, assign
 from rankfold.plan import LayerSpec
 from rankfold.progress import Progress, silent
-from rankfold.search.curves import Curve, measure_layer
+from rankfold.search.candidates import measure_layer
+from rankfold.search.curves import Curve
 
 ENERGY = 0.9
 """Share of a layer's energy (one minus the squared relative error) at which savings are quoted."""

@@ -1,0 +1,245 @@
+"""Candidates: every form a layer can take, pruned to those that can be part of an optimal plan.
+
+A candidate is dropped when another of the same layer is no worse in the error and in every cost of the stated units. In
+any plan that uses it, the other one can stand in its place, so nothing better is lost. What the grids leave out before
+that is said where they are made (`Train.grid`, `RingExpansion.grids`).
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Float
+from torch import Tensor
+
+from rankfold.budget import UNITS
+from rankfold.decompositions import (
+    DECOMPOSITIONS,
+    Expansion,
+    Grid,
+    expand,
+    family_of,
+    fit,
+    metric_error,
+    wiring_of,
+)
+from rankfold.decompositions.metric import IDENTITY, Moment
+from rankfold.decompositions.wiring import LayerShape
+from rankfold.plan import LayerSpec
+from rankfold.search.curves import Curve, Fit, FloatArray, IntArray, family_in, ratios
+
+BALANCE = 1 / 16
+"""How far apart the shares of inputs and outputs kept by a balanced decomposition may be.
+
+Unbalanced ranks of Tucker reach a slightly lower error and a much lower accuracy: see benchmarks/tucker_choices.py.
+"""
+
+METRIC_KNOTS = 4
+"""Candidates of a decomposition that are fitted, where errors are in a metric, before any search."""
+KNOT_STEPS = 40
+"""Steps of these fits."""
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Candidates of one decomposition, before methods are merged."""
+
+    name: str
+    ranks: IntArray
+    errors: FloatArray
+    closed: FloatArray
+    costs: dict[str, IntArray]
+    fits: tuple[Fit, ...] = ()
+
+
+def measure_layer(
+    layer: LayerSpec,
+    weight: Float[Tensor, "g o i *taps"],
+    names: Sequence[str],
+    *,
+    units: Sequence[str] = UNITS,
+    moment: Moment = IDENTITY,
+) -> Curve:
+    """The candidates of a layer among the decompositions `names`, none of them larger than the layer in any of `units`.
+
+    Errors are squared relative Frobenius errors of the closed form; where that is far from the best (`knots`), of the
+    form fitted at a few candidates and interpolated between them. With the `moment` of what goes into the layer all
+    errors are in its metric, and all decompositions are fitted so.
+    """
+    parts = []
+    seen = set()
+    for name in names:
+        wiring = wiring_of(name, layer.shape)
+        if wiring in seen:  # on a layer with few taps several decompositions are the same
+            continue
+        seen.add(wiring)
+        expansion = expand(name, weight, layer.shape)
+        for grid in expansion.grids():
+            candidates = _candidates(name, layer, grid, units)
+            parts.append(_fitted(candidates, weight, expansion, layer.shape, moment))
+    return replace(_merged(layer, tuple(names), parts, units, moment), weight=weight)
+
+
+def smallest_form(layer: LayerSpec, name: str) -> str:
+    """How small a decomposition can make a layer at best, in words: for saying why it was skipped."""
+    wiring = wiring_of(name, layer.shape)
+    ones = [1] * len(wiring.bonds)
+    params, macs = wiring.params(layer.shape, ones), wiring.macs(layer.shape, ones)
+    dense = layer.dense
+    return f"{name} at rank 1 has {params:,} parameters of {dense.params:,} and {macs:,} MACs of {dense.macs:,}"
+
+
+def pareto(errors: FloatArray, costs: Sequence[IntArray]) -> IntArray:
+    """Indices of the candidates that no other one matches in the error and all costs, by rising cost.
+
+    Of exact ties the first stays. One cost takes a sort; with two, a sweep over a staircase of (second cost, error).
+    """
+    costs = _independent(costs)
+    order = np.lexsort((errors, *reversed(costs)))
+    if len(costs) == 1:
+        best = np.minimum.accumulate(errors[order])
+        return order[np.append(True, best[1:] < best[:-1])] if len(order) else order
+    kept = []
+    stairs_cost: list[float] = []  # rising, while stairs_error falls
+    stairs_error: list[float] = []
+    for index in order:
+        cost, error = costs[1][index], errors[index]
+        at = bisect.bisect_right(stairs_cost, cost)
+        if at and stairs_error[at - 1] <= error:
+            continue
+        kept.append(index)
+        end = at
+        while end < len(stairs_cost) and stairs_error[end] >= error:
+            end += 1
+        start = at - 1 if at and stairs_cost[at - 1] == cost else at
+        stairs_cost[start:end] = [cost]
+        stairs_error[start:end] = [error]
+    return np.array(kept, dtype=np.int64)
+
+
+def _independent(costs: Sequence[IntArray]) -> list[IntArray]:
+    """The costs without those that are a multiple of an earlier one, as bytes are of parameters."""
+    kept: list[IntArray] = []
+    for cost in costs:
+        if not any(np.array_equal(cost * one[:1], one * cost[:1]) for one in kept):
+            kept.append(cost)
+    return kept
+
+
+def _candidates(name: str, layer: LayerSpec, grid: Grid, units: Sequence[str]) -> _Candidates:
+    """The useful candidates of a grid that are not larger than the layer in any unit, and smaller in one."""
+    wiring = wiring_of(name, layer.shape)
+    ranks = [axis.ravel() for axis in np.meshgrid(*grid.ranks, indexing="ij")]
+    errors = grid.errors.ravel()
+    params = np.broadcast_to(wiring.params(layer.shape, ranks), errors.shape)
+    macs = np.broadcast_to(wiring.macs(layer.shape, ranks), errors.shape)
+    costs = {"params": params, "macs": macs, "bytes": params * layer.itemsize}
+    fits = np.isfinite(errors) & _balanced(name, layer, ranks)
+    smaller = np.zeros_like(fits)
+    for rank, largest in zip(ranks, wiring.largest_ranks(layer.shape, ranks), strict=True):
+        fits &= rank <= largest
+    for unit in units:
+        fits &= costs[unit] <= getattr(layer.dense, unit)
+        smaller |= costs[unit] < getattr(layer.dense, unit)
+    chosen = np.flatnonzero(fits & smaller)
+    front = chosen[pareto(errors[chosen], [costs[unit][chosen] for unit in units])]
+    kept = {unit: cost[front] for unit, cost in costs.items()}
+    return _Candidates(name, np.stack(ranks, 1)[front], errors[front], errors[front], kept)
+
+
+def _merged(
+    layer: LayerSpec, tried: tuple[str, ...], parts: Sequence[_Candidates], units: Sequence[str], moment: Moment
+) -> Curve:
+    """All parts and the dense layer as one curve, pruned together."""
+    dense = layer.dense
+    methods: list[str | None] = [None, *(part.name for part in parts for _ in part.errors)]
+    ranks = [(), *(tuple(map(int, row)) for part in parts for row in part.ranks)]
+    errors = np.concatenate([[0.0], *(part.errors for part in parts)])
+    closed = np.concatenate([[0.0], *(part.closed for part in parts)])
+    costs = {
+        unit: np.concatenate([[getattr(dense, unit)], *(part.costs[unit] for part in parts)]).astype(np.int64)
+        for unit in UNITS
+    }
+    known = [not (part.fits and DECOMPOSITIONS[part.name].optimistic) for part in parts for _ in part.errors]
+    trusted = np.flatnonzero([True, *known])
+    front = trusted[pareto(errors[trusted], [costs[unit][trusted] for unit in units])]
+    front = np.union1d(front, _rivals(parts, trusted, errors, [costs[unit] for unit in units]))
+    front = front[np.argsort(-costs[units[0]][front], kind="stable")]
+    front = np.append(0, front[front != 0])
+    return Curve(
+        layer,
+        tried,
+        tuple(methods[k] for k in front),
+        tuple(ranks[k] for k in front),
+        errors[front],
+        {unit: cost[front] for unit, cost in costs.items()},
+        closed[front],
+        {cast(str, family_in(p.name, layer.shape, p.fits[0].ranks, moment)): p.fits for p in parts if p.fits},
+        moment=moment,
+    )
+
+
+def _rivals(parts: Sequence[_Candidates], trusted: IntArray, errors: FloatArray, costs: Sequence[IntArray]) -> IntArray:
+    """The candidates of families that none of the `trusted` ones matches, but for those of their own family.
+
+    Within a family errors are interpolated, so none is dropped; errors that are bounds from below drop no other.
+    """
+    kept = [np.empty(0, dtype=np.int64)]
+    start = 1
+    for part in parts:
+        own = np.arange(start, start + len(part.errors))
+        start += len(part.errors)
+        if not part.fits or len(own) == 0:
+            continue
+        others = np.setdiff1d(trusted, own)
+        matched = errors[others][None] <= errors[own][:, None]
+        for cost in costs:
+            matched &= cost[others][None] <= cost[own][:, None]
+        kept.append(own[~matched.any(1)])
+    return np.concatenate(kept)
+
+
+def _balanced(name: str, layer: LayerSpec, ranks: Sequence[IntArray]) -> npt.NDArray[np.bool_]:
+    """Which candidates keep like shares of inputs and outputs, to within `BALANCE` or one component."""
+    if not DECOMPOSITIONS[name].balanced or len(ranks) < 2:
+        return np.ones(len(ranks[0]), dtype=np.bool_)
+    wiring = wiring_of(name, layer.shape)
+    sizes = dict(zip(wiring.bonds, ranks, strict=True))
+    opened = np.prod([sizes[bond] for bond in wiring.stages[0].opened], axis=0)
+    summed = np.prod([sizes[bond] for bond in wiring.stages[-1].summed], axis=0)
+    inputs, outputs = layer.shape.inputs, layer.shape.outputs
+    slack = max(BALANCE, 1 / min(inputs, outputs))
+    return np.asarray(np.abs(opened / inputs - summed / outputs) <= slack + 1e-12)
+
+
+def _fitted(
+    candidates: _Candidates, weight: Tensor, expansion: Expansion, shape: LayerShape, moment: Moment
+) -> _Candidates:
+    """The candidates with their errors scaled to what fitting reaches, where they are of a family.
+
+    The ratio is measured at a few candidates, from a sixteenth to three quarters of the largest, and interpolated over
+    the logarithm of the parameters.
+    """
+    method = DECOMPOSITIONS[candidates.name]
+    if not len(candidates.errors) or family_in(candidates.name, shape, candidates.ranks[0].tolist(), moment) is None:
+        return candidates
+    params = candidates.costs["params"]
+    size = np.log(params)
+    targets = size.max() + np.log(np.geomspace(1 / 16, 3 / 4, method.knots if moment is IDENTITY else METRIC_KNOTS))
+    knots = np.unique([int(np.abs(size - target).argmin()) for target in targets])
+    exact_weight = weight.double()
+    fits = []
+    for knot in knots:
+        ranks = tuple(int(rank) for rank in candidates.ranks[knot])
+        sweeps = method.sweeps // 3 if family_of(candidates.name, shape, ranks) else 0
+        factors = fit(
+            candidates.name, weight, shape, ranks, sweeps=sweeps, expansion=expansion, moment=moment, steps=KNOT_STEPS
+        )
+        reached = metric_error(exact_weight, expansion.wiring, factors, moment)
+        fits.append(Fit(ranks, int(params[knot]), float(reached / max(candidates.closed[knot], 1e-300))))
+    return replace(candidates, errors=candidates.closed * ratios(params, fits), fits=tuple(fits))
