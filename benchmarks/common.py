@@ -21,7 +21,7 @@ from rankfold import Budget, Cost, Result
 from rankfold.evaluation import Accuracy
 from rankfold.network.costs import cost_of
 from rankfold.network.finding import Layers, find_layers
-from rankfold.pipeline import assign, measure, pose
+from rankfold.planning import assign, measure, pose
 from rankfold.search import Problem
 from rankfold.search.curves import Curve
 from rankfold.sources.data import Dataset, open_dataset

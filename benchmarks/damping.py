@@ -14,7 +14,7 @@ from common import network, parser, record, require_data, unlabelled, write
 from rankfold import Budget, compress
 from rankfold.decompositions import sensitivity
 from rankfold.evaluation import accuracy
-from rankfold.network.surgery import duplicate
+from rankfold.network.copies import duplicate
 from rankfold.training import Geometry, split
 
 

@@ -14,7 +14,7 @@ from common import record, write
 from rankfold import Budget
 from rankfold.network.costs import cost_of
 from rankfold.network.finding import find_layers
-from rankfold.pipeline import assign, make_plan, measure
+from rankfold.planning import assign, make_plan, measure
 from rankfold.sources.models import build_model
 
 

@@ -16,7 +16,7 @@ from common import network, parser, posed, record, write
 
 from rankfold import Budget
 from rankfold.network.surgery import apply_plan
-from rankfold.pipeline import search_plan
+from rankfold.planning import search_plan
 from rankfold.search import SEARCHES, Selection
 from rankfold.sources.models import build_model
 

@@ -16,8 +16,8 @@ from common import record, write
 from rankfold import Budget, Cost, SearchError
 from rankfold.decompositions import DECOMPOSITIONS, reconstruct, wiring_of
 from rankfold.decompositions.wiring import Call, LayerShape
-from rankfold.pipeline import pose
 from rankfold.plan import LayerSpec
+from rankfold.planning import pose
 from rankfold.search import Rene, settle
 from rankfold.search.candidates import measure_layer
 from rankfold.search.evbmf import evbmf_ranks

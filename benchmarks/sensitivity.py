@@ -16,7 +16,7 @@ from common import network, parser, posed, record, require_data, write
 from rankfold import Budget, SearchError
 from rankfold.evaluation import accuracy
 from rankfold.network.surgery import apply_plan
-from rankfold.pipeline import search_plan
+from rankfold.planning import search_plan
 from rankfold.search import SEARCHES, Rene, Search
 from rankfold.search.published import CIFAR, Published
 from rankfold.sources.data import Dataset

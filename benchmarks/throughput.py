@@ -14,7 +14,7 @@ from common import network, parser, record, require_data, write
 from torch import nn
 
 from rankfold import Budget, Result, compress
-from rankfold.network.surgery import duplicate
+from rankfold.network.copies import duplicate
 from rankfold.search.network_objectives import softened
 from rankfold.sources.data import Dataset
 from rankfold.training import Training, fine_tune

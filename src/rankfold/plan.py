@@ -1,6 +1,6 @@
 """The plan: for every layer its decomposition and ranks, or why it was left alone.
 
-Frozen records and their JSON form, version 1. This is the one language that all stages speak; it can be read, edited
+Frozen records and their JSON form. This is the one language that all stages speak; it can be read, edited
 and costed without torch.
 """
 
@@ -17,7 +17,8 @@ from rankfold.decompositions.wiring import LayerShape
 from rankfold.errors import PlanError
 
 FORMAT = "rankfold-plan"
-VERSION = 1
+VERSION = 2
+"""Version of the form that is written; version 1, without `opened`, is read as well."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Plan:
 
     `skipped` maps each weight-carrying layer that was not considered to the reason. `settings` says how the plan came
     about (search, budget, decompositions, objective and bound); `source` where the network came from, when it is known.
+    `opened` says of packed modules that layers lie in how they are opened (`rankfold.network.opening`).
     """
 
     layers: tuple[LayerPlan, ...]
@@ -81,6 +83,7 @@ class Plan:
     after: Cost
     settings: Mapping[str, Any] = field(default_factory=dict)
     source: Mapping[str, Any] = field(default_factory=dict)
+    opened: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def decomposed(self) -> tuple[LayerPlan, ...]:
@@ -102,6 +105,7 @@ class Plan:
             "source": dict(self.source),
             "layers": [_layer_to_dict(layer) for layer in self.layers],
             "skipped": dict(self.skipped),
+            "opened": {name: dict(opening) for name, opening in self.opened.items()},
         }
         return json.dumps({**content, "sha256": _digest(content)}, indent=2, ensure_ascii=False) + "\n"
 
@@ -114,7 +118,7 @@ class Plan:
             raise PlanError(f"the plan is not complete JSON ({error}); it was cut off or edited by hand") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise PlanError(f"this is not a plan: its 'format' is not {FORMAT!r}")
-        if content.get("version") != VERSION:
+        if content.get("version") not in (1, VERSION):
             raise PlanError(
                 f"the plan has version {content.get('version')!r}, this rankfold reads {VERSION}; "
                 "use the rankfold that wrote it, or compress again"
@@ -130,6 +134,7 @@ class Plan:
                 after=Cost(**content["after"]),
                 settings=content["settings"],
                 source=content["source"],
+                opened=content.get("opened", {}),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"the plan lacks or misspells a field: {error!r}") from None

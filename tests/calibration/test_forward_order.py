@@ -15,8 +15,8 @@ from rankfold.network.costs import cost_of
 from rankfold.network.finding import find_layers
 from rankfold.network.kinds import weight_of
 from rankfold.network.surgery import apply_plan
-from rankfold.pipeline import assign, make_plan, measure
 from rankfold.plan import Plan
+from rankfold.planning import assign, make_plan, measure
 
 
 def planned(model: nn.Module, x: torch.Tensor, decomposition: str = "svd", budget: float = 0.4) -> Plan:

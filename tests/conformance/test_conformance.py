@@ -17,15 +17,14 @@ from rankfold.network.finding import find_layers
 from rankfold.network.kinds import (
     FLOATS,
     LAYER_KINDS,
-    as_factors,
     factorised,
     shape_of,
     stage_factors,
     stage_weights,
     weight_of,
     weights_of_stages,
-    write_factors_,
 )
+from rankfold.network.layouts import as_factors, write_factors_
 from rankfold.plan import LayerPlan, Plan
 from rankfold.search.candidates import measure_layer
 from rankfold.training import geometry

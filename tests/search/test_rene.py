@@ -20,7 +20,7 @@ from rankfold.network.costs import cost_of
 from rankfold.network.finding import find_layers
 from rankfold.network.kinds import module_weight, weight_of
 from rankfold.objectives import Divergence, Validation
-from rankfold.pipeline import assign, measure, pose
+from rankfold.planning import assign, measure, pose
 from rankfold.search import SEARCHES, Problem, Reconstruction, Rene
 from rankfold.search.candidates import measure_layer
 from rankfold.search.objective import inner

@@ -30,10 +30,11 @@ from rankfold.decompositions import Factors, metric_error, reconstruct, wiring_o
 from rankfold.decompositions.metric import IDENTITY, Moment
 from rankfold.decompositions.refine import refine
 from rankfold.decompositions.wiring import LayerShape, Wiring
-from rankfold.network.finding import traced
 from rankfold.network.hooks import attached
-from rankfold.network.kinds import LAYER_KINDS, shape_of, stage_factors, weight_of, weights_of_stages, write_factors_
+from rankfold.network.kinds import known_kind, shape_of, stage_factors, weight_of, weights_of_stages
+from rankfold.network.layouts import write_factors_
 from rankfold.network.passes import Inputs
+from rankfold.network.tracing import followed
 from rankfold.plan import LayerPlan, Plan
 from rankfold.progress import Progress, silent
 
@@ -146,9 +147,14 @@ class _Reached(BaseException):
 
 
 def _in_order(model: nn.Module, plan: Plan, batches: Iterable[Inputs]) -> list[_Place]:
-    """The decomposed layers that are called, in the order of their first call."""
+    """The decomposed layers that are called, in the order of their first call.
+
+    Embeddings have no inputs to be fitted to, and experts may see others than the original's do: both stay as they are.
+    """
     owners = {model.get_submodule(path): layer for layer in plan.decomposed for path in (layer.name, *layer.aliases)}
-    order, followers = traced(model, owners, lambda: forward_batch(model, next(iter(batches)), 0))
+    apart = {layer for module, layer in owners.items() if known_kind(module).lookup or known_kind(module).stacked}
+    owners = {module: layer for module, layer in owners.items() if layer not in apart}
+    order, followers = followed(model, owners, lambda: forward_batch(model, next(iter(batches)), 0))
     calls: dict[LayerPlan, int] = {}
     for module in order:
         calls[owners[module]] = calls.get(owners[module], 0) + 1
@@ -258,9 +264,9 @@ def _recentre_(student: nn.Module, model: nn.Module, place: _Place, pairs: _Pair
 def _rows(module: nn.Module, output: Tensor) -> Float[Tensor, "g positions o"]:
     """A layer's output as one row per position, group by group, in the order of its patches; float32 at least."""
     output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
-    axes, groups = LAYER_KINDS[type(module)].axes, shape_of(module).groups
+    axes, groups = known_kind(module).axes, shape_of(module).groups
     if axes == 0:
-        return output.flatten(0, -2)[None]
+        return output.reshape(1, -1, output.shape[-1])
     batched = output if output.ndim == axes + 2 else output[None]
     return batched.unflatten(1, (groups, -1)).flatten(3).permute(1, 0, 3, 2).flatten(1, 2)
 

@@ -22,13 +22,15 @@ from rankfold.decompositions.metric import Moment
 from rankfold.decompositions.wiring import LayerShape
 from rankfold.errors import DataError
 from rankfold.network.hooks import attached
-from rankfold.network.kinds import LAYER_KINDS, shape_of
+from rankfold.network.kinds import known_kind, shape_of
 from rankfold.network.passes import Inputs, arguments_of, describe_inputs, run
 from rankfold.plan import LayerSpec
 from rankfold.progress import Progress, silent
 
 LARGEST_MOMENT = 4608
 """Side of the largest moment kept whole (170 MB); a larger one is the Kronecker product of two."""
+UNSEEN = 0.1
+"""Share of the mean over experts that is added to the moment of each: one that saw no inputs has some metric then."""
 _CHUNK = 2**24
 """Entries of the patches that are cut out at a time."""
 
@@ -68,6 +70,7 @@ def calibrate(
     """
     sums: dict[str, MomentSum] = {}
     modules = {name: model.get_submodule(name) for layer in layers for name in (layer.name, *layer.aliases)}
+    modules = {name: module for name, module in modules.items() if not known_kind(module).lookup}
     owners = {name: layer.name for layer in layers for name in (layer.name, *layer.aliases)}
     count = samples = 0
     with _watched(modules, owners, sums):
@@ -84,16 +87,23 @@ def calibrate(
             raise DataError(f"{name}: its inputs during calibration are not finite; check the calibration inputs")
     raw = {layer.name: sums[layer.name].moment() for layer in layers if layer.name in sums}
     moments = {name: moment.shrunk() for name, moment in raw.items()} if shrink else raw
-    missing = {layer.name: "never called on the calibration inputs" for layer in layers if layer.name not in sums}
+    multiplied = {owners[name] for name in modules}
+    missing = {
+        layer.name: "never called on the calibration inputs"
+        if layer.name in multiplied
+        else "it reads rows, and has no inputs"
+        for layer in layers
+        if layer.name not in sums
+    }
     kept = () if isinstance(batches, Iterator) else batches
     return Calibration(moments, missing, count, source, reason, samples, kept)
 
 
 def patches_of(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
     """The patches a layer multiplies by its weight for an input, (g, positions, inputs × taps), some at a time."""
-    kind, shape = LAYER_KINDS[type(module)], shape_of(module)
+    kind, shape = known_kind(module), shape_of(module)
     if kind.axes == 0:
-        yield from (part[None] for part in x.flatten(0, -2).split(max(1, _CHUNK // x.shape[-1])))
+        yield from (part[None] for part in x.reshape(-1, x.shape[-1]).split(max(1, _CHUNK // x.shape[-1])))
         return
     batched = x if x.ndim == kind.axes + 2 else x[None]
     prepared = _spread(module, batched) if kind.transposed else _padded(module, batched)
@@ -109,21 +119,24 @@ class MomentSum:
         groups, inputs = layer.groups, layer.inputs
         taps = layer.params // (groups * layer.outputs * inputs)
         self.shape = (groups, inputs, taps)
-        whole = inputs * taps <= LARGEST_MOMENT
+        whole = inputs * taps <= LARGEST_MOMENT or layer.routed
         self.joint = torch.zeros(groups, inputs * taps, inputs * taps, dtype=torch.float64) if whole else None
         self.inputs = None if whole else torch.zeros(groups, inputs, inputs, dtype=torch.float64)
         self.taps = None if whole else torch.zeros(groups, taps, taps, dtype=torch.float64)
         self.positions = 0
+        self.routed = layer.routed
 
-    def add(self, patches: Tensor) -> None:
-        """Adds patches (g, positions, inputs × taps)."""
-        groups, positions, _ = patches.shape
+    def add(self, patches: Tensor, group: int | None = None) -> None:
+        """Adds patches (g, positions, inputs × taps), or those (1, …) of one of the groups."""
+        positions = patches.shape[1]
         patches = patches.float() if patches.dtype in (torch.float16, torch.bfloat16) else patches
         self.positions += positions
         if self.joint is not None:
-            self.joint += (patches.mT @ patches).double().cpu()
+            self.joint[slice(None) if group is None else slice(group, group + 1)] += (
+                (patches.mT @ patches).double().cpu()
+            )
             return
-        split = patches.reshape(groups, positions, *self.shape[1:])
+        split = patches.reshape(len(patches), positions, *self.shape[1:])
         by_inputs, by_taps = split.movedim(3, 2).flatten(1, 2), split.flatten(1, 2)
         cast(Tensor, self.inputs).add_((by_inputs.mT @ by_inputs).double().cpu())
         cast(Tensor, self.taps).add_((by_taps.mT @ by_taps).double().cpu())
@@ -147,7 +160,10 @@ class MomentSum:
         """The mean outer product."""
         count = max(self.positions, 1)
         if self.joint is not None:
-            return Moment(joint=self.joint / count, positions=self.positions)
+            joint = self.joint / count
+            if self.routed:
+                joint = joint + UNSEEN * joint.mean(0, keepdim=True)
+            return Moment(joint=joint, positions=self.positions)
         _, inputs, taps = self.shape
         by_inputs, by_taps = cast(Tensor, self.inputs) / (count * taps), cast(Tensor, self.taps) / (count * inputs)
         square = by_taps.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-300)[:, None, None]
@@ -163,8 +179,9 @@ def _watched(modules: Mapping[str, nn.Module], owners: Mapping[str, str], sums: 
             x = args[0] if args else next(iter(kwargs.values()))
             if name not in sums:
                 sums[name] = MomentSum(shape_of(module))
+            group = int(args[1]) if known_kind(module).stacked else None
             for patches in patches_of(module, x.detach()):
-                sums[name].add(patches)
+                sums[name].add(patches, group)
 
         return add
 
@@ -215,7 +232,7 @@ def _spread(module: nn.Module, x: Tensor) -> Tensor:
 
 def _cut(module: nn.Module, x: Tensor) -> Tensor:
     """All patches of a padded input, (g, positions, inputs × taps)."""
-    kind, conv, groups = LAYER_KINDS[type(module)], cast(Any, module), shape_of(module).groups
+    kind, conv, groups = known_kind(module), cast(Any, module), shape_of(module).groups
     for axis in range(kind.axes):
         size, dilation = conv.kernel_size[axis], conv.dilation[axis]
         stride = 1 if kind.transposed else conv.stride[axis]

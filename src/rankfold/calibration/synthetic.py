@@ -23,9 +23,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rankfold.errors import DataError
-from rankfold.network.finding import holds_statistics
 from rankfold.network.hooks import attached
 from rankfold.network.passes import Inputs, arguments_of, describe_inputs, evaluating, run
+from rankfold.network.tracing import holds_statistics
 from rankfold.progress import Progress, silent
 
 SAMPLES, FEWEST = 512, 32
@@ -158,16 +158,17 @@ def _tokens(model: nn.Module, example_inputs: Inputs) -> tuple[int | str, int] |
 
     def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         rows = cast(nn.Embedding, module).num_embeddings
-        read.extend(
-            (place, rows) for place, ids in integers.items() if inputs and inputs[0].data_ptr() == ids.data_ptr()
-        )
+        read.extend((place, rows) for place, ids in integers.items() if inputs and _equal(inputs[0], ids))
 
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     if integers and embeddings:
-        hooks = attached(module.register_forward_pre_hook(note) for module in embeddings)
-        with hooks, evaluating(model), torch.no_grad():
+        with attached(module.register_forward_pre_hook(note) for module in embeddings):
             run(model, example_inputs)
     return max(read, key=lambda one: one[1], default=None)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool((one == other).all())
 
 
 def usual_count(shape: tuple[int, ...]) -> int:

@@ -106,6 +106,8 @@ def fit(
     expansion = expansion or expand(name, weight, shape)
     _check_ranks(name, wiring, shape, ranks, layer)
     weight = weight.double()
+    if not weight.any():
+        return _of_zero(wiring, shape, ranks, weight)
     rounds = sweeps if sweeps is not None else decomposition(name).sweeps if family_of(name, shape, ranks) else 0
     factors = alternate(weight, wiring, expansion.factors(ranks), sweeps=rounds)
     reached = [relative_error(weight, wiring, factors)] if starts > 1 else []
@@ -121,6 +123,12 @@ def fit(
     if moment is not IDENTITY:
         factors = refine(weight, wiring, factors, moment, steps=steps)
     return balance(wiring, factors)
+
+
+def _of_zero(wiring: Wiring, shape: LayerShape, ranks: Sequence[int], weight: Tensor) -> Factors:
+    """Factors of a weight of zeros: the last one is zero, the others are not, so that gradients reach it."""
+    *others, last = _random(wiring, shape, ranks, weight, 0)
+    return (*(factor / factor.square().mean().sqrt() / factor[0].numel() ** 0.25 for factor in others), 0 * last)
 
 
 def _random(wiring: Wiring, shape: LayerShape, ranks: Sequence[int], weight: Tensor, seed: int) -> Factors:

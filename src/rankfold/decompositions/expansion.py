@@ -63,8 +63,9 @@ class Decomposition:
     family for the ranks; where it gives None the closed form is the best, or better left alone. The errors of a family
     are known from fits at `knots` candidates, by a third as many rounds, and interpolated between them. `optimistic`
     says that before a fit they are bounds from below, not what the closed form reaches. `balanced` restricts a search
-    to ranks whose first and last bond keep about the same share of inputs and outputs (see `search.candidates.BALANCE`). `expand`
-    takes the weight, the wiring and whether to avoid Gram matrices (`leading_basis`).
+    to ranks whose first and last bond keep about the same share of inputs and outputs (see
+    `search.candidates.BALANCE`). `expand` takes the weight, the wiring and whether to avoid Gram matrices
+    (`leading_basis`).
     """
 
     name: str

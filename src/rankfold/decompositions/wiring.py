@@ -30,12 +30,14 @@ class Call:
     """One call of a layer while the example inputs passed through the network.
 
     `batch` is the number of positions that are not spatial (for a Linear layer: all of them), `inputs` and `outputs`
-    are the sizes of the spatial axes before and after, in the kernel's order.
+    are the sizes of the spatial axes before and after, in the kernel's order. A `lookup` reads rows of the weight, one
+    per position, and multiplies nothing: an embedding, whose rows are the outputs of the matrix it is.
     """
 
     batch: int
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
+    lookup: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class LayerShape:
     """The shape of a layer's weight, one group at a time, and of the calls it serves.
 
     `outputs` and `inputs` are per group; `kernel` has one size per spatial axis. A transposed convolution does its
-    work at the input's resolution, an ordinary one at the output's.
+    work at the input's resolution, an ordinary one at the output's. Where the layer is `routed`, a position goes
+    through one of the groups (experts), not through all.
     """
 
     outputs: int
@@ -51,6 +54,7 @@ class LayerShape:
     kernel: tuple[int, ...] = ()
     groups: int = 1
     transposed: bool = False
+    routed: bool = False
     calls: tuple[Call, ...] = field(default=(), compare=False)
 
     @property
@@ -77,12 +81,23 @@ class LayerShape:
     @property
     def macs(self) -> int:
         """Multiply-accumulates of the dense layer over all its calls."""
-        return self.params * self.positions("" if self.transposed else self.axes)
+        positions = self.positions("" if self.transposed else self.axes, lookups=False)
+        return self.params // self.groups * self.passed * positions
 
-    def positions(self, resized: str) -> int:
-        """Positions in the batch and in space, over all calls, once the axes in `resized` have their output's size."""
+    @property
+    def passed(self) -> int:
+        """How many groups a position goes through."""
+        return 1 if self.routed else self.groups
+
+    def positions(self, resized: str, *, lookups: bool = True) -> int:
+        """Positions in the batch and in space, over all calls, once the axes in `resized` have their output's size.
+
+        Without `lookups`, those of calls that read rows of the weight are left out.
+        """
         total = 0
         for call in self.calls:
+            if call.lookup and not lookups:
+                continue
             sizes = zip(self.axes, call.inputs, call.outputs, strict=True)
             total += call.batch * math.prod(out if axis in resized else size for axis, size, out in sizes)
         return total
@@ -197,8 +212,9 @@ class Wiring:
         total: int | Count = 0
         done = ""
         for factor, stage, resized in zip(self.factors, self.stages, self.resized(shape), strict=True):
-            positions = shape.positions(done if shape.transposed else done + resized)
-            total = total + shape.groups * positions * product(sizes, factor + stage.carried)
+            at = done if shape.transposed else done + resized
+            positions = shape.positions(at, lookups="o" not in factor)  # an embedding reads rows of the last factor
+            total = total + shape.passed * positions * product(sizes, factor + stage.carried)
             done += resized
         return total  # type: ignore[return-value]
 

@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rankfold.errors import ArtifactError, PlanError
-from rankfold.network.surgery import duplicate, rebuild_
+from rankfold.network.copies import duplicate, unwrapped
+from rankfold.network.surgery import rebuilt
 from rankfold.pipeline import Result
 from rankfold.plan import Plan
 
@@ -78,8 +79,7 @@ def load(directory: str | Path, model: nn.Module) -> nn.Module:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); save it again") from error
-    student = duplicate(model)
-    rebuild_(student, plan)
+    student = rebuilt(duplicate(unwrapped(model)), plan)
     _fill_(student, tensors)
     return student.eval()
 

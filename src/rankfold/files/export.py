@@ -19,11 +19,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from rankfold.errors import ArtifactError, ModelError
 from rankfold.files.artifact import load, load_plan
 from rankfold.files.original import rebuild
-from rankfold.network.finding import traced
-from rankfold.network.kinds import LAYER_KINDS
+from rankfold.network.copies import duplicate
+from rankfold.network.kinds import known_kind
 from rankfold.network.passes import output_of, run
-from rankfold.network.surgery import duplicate
+from rankfold.network.tracing import followed
 
+_FOLDED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 TOLERANCE = 1e-3
 """Largest difference of outputs, relative to the largest output, that folding and exporting may make."""
 
@@ -78,8 +79,8 @@ def finalize(directory: str | Path, out: str | Path) -> Exported:
 def folded(model: nn.Module, example: Tensor) -> tuple[nn.Module, int]:
     """A copy in evaluation mode without the batch norms that follow a layer of their own, and how many these were."""
     copied = duplicate(model).eval()
-    layers = [module for module in copied.modules() if type(module) in LAYER_KINDS]
-    order, followers = traced(copied, layers, lambda: run(copied, example))
+    layers = [module for module in copied.modules() if type(module) in _FOLDED]
+    order, followers = followed(copied, layers, lambda: run(copied, example))
     calls = Counter(order)
     names = {module: name for name, module in copied.named_modules()}
     folds = {layer: norm for layer, norm in followers.items() if calls[layer] == 1}
@@ -88,7 +89,7 @@ def folded(model: nn.Module, example: Tensor) -> tuple[nn.Module, int]:
         if isinstance(layer, nn.Linear):
             fused: nn.Module = fuse_linear_bn_eval(layer, norm)
         else:
-            fused = fuse_conv_bn_eval(cast(Any, layer), norm, LAYER_KINDS[type(layer)].transposed)
+            fused = fuse_conv_bn_eval(cast(Any, layer), norm, known_kind(layer).transposed)
         _replace_(copied, names[layer], fused)
         _replace_(copied, norm_name, nn.Identity())
     return copied, len(folds)

@@ -1,8 +1,8 @@
 """Layer kinds: how each one's weight is read, and how a wiring's stages are written as its modules.
 
 A kind says where groups, outputs and inputs stand in the weight, and what runs a stage. Adding one is an entry in
-`LAYER_KINDS`. Stages are stock `torch.nn` modules, the tensor ring's reshapes included, so what comes out is an
-ordinary `nn.Sequential` that needs nothing of this package.
+`LAYER_KINDS`. Stages are stock `torch.nn` modules, the tensor ring's reshapes included; what holds them is an
+`nn.Sequential` that answers as the layer did (`network/factorised.py`).
 """
 
 from __future__ import annotations
@@ -17,27 +17,42 @@ from torch import Tensor, nn
 
 from rankfold.decompositions import Factors
 from rankfold.decompositions.wiring import LayerShape, Stage, Wiring, product
+from rankfold.network.factorised import Factorised, Role, TransposedLinear, stand_in
+from rankfold.network.layouts import as_factors, as_stage_weights
+from rankfold.network.stand_ins.stack import FactorBlocks, Stack
 from rankfold.plan import LayerSpec
 
 
 @dataclass(frozen=True)
 class LayerKind:
-    """A type of module that can be decomposed.
+    """A type of module that can be decomposed, by its class or, where that is of an optional package, the class's name.
 
-    `axes` is its number of spatial axes, `transposed` whether it is a transposed convolution, and `pointwise` the type
-    that mixes channels at the same resolution (the module's own type, but for transposed convolutions).
+    `axes` is its number of spatial axes; `transposed` says that inputs stand before outputs in the weight (a transposed
+    convolution, or a Linear that keeps its weight so); `lookup` that rows of the weight, its outputs, are read and not
+    multiplied; `stacked` that it is one matrix of several for each input. `pointwise` is the type that mixes channels
+    at the same resolution.
     """
 
-    module: type[nn.Module]
+    module: type[nn.Module] | str
     axes: int
     pointwise: type[nn.Module]
     transposed: bool = False
+    lookup: bool = False
+    stacked: bool = False
+
+    @property
+    def name(self) -> str:
+        """The class's name, by which plans call the kind."""
+        return self.module.rpartition(".")[2] if isinstance(self.module, str) else self.module.__name__
 
 
-LAYER_KINDS: dict[type[nn.Module], LayerKind] = {
+LAYER_KINDS: dict[type[nn.Module] | str, LayerKind] = {
     kind.module: kind
     for kind in (
         LayerKind(nn.Linear, 0, nn.Linear),
+        LayerKind("transformers.pytorch_utils.Conv1D", 0, nn.Linear, transposed=True),
+        LayerKind(nn.Embedding, 0, nn.Linear, lookup=True),
+        LayerKind(Stack, 0, nn.Linear, stacked=True),
         LayerKind(nn.Conv1d, 1, nn.Conv1d),
         LayerKind(nn.Conv2d, 2, nn.Conv2d),
         LayerKind(nn.Conv3d, 3, nn.Conv3d),
@@ -51,10 +66,44 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Weight dtypes that are decomposed."""
 
 
+def kind_of(module: nn.Module) -> LayerKind | None:
+    """The kind of a layer; None for a module of none, or one that computes something else than what it is derived of.
+
+    A subclass whose way forward is its base's is that base.
+    """
+    for base in type(module).__mro__:
+        kind = LAYER_KINDS.get(base) or LAYER_KINDS.get(f"{base.__module__}.{base.__qualname__}")
+        if kind is not None:
+            return kind if _runs_as(module, base) else None
+    return None
+
+
+def base_of(module: nn.Module) -> type[nn.Module] | None:
+    """The class in `LAYER_KINDS` that a module's is derived of, whatever it computes; None where there is none."""
+    known = (base for base in type(module).__mro__ if base in LAYER_KINDS)
+    return next(known, None)
+
+
+def known_kind(module: nn.Module) -> LayerKind:
+    """The kind of a module that has one."""
+    return cast(LayerKind, kind_of(module))
+
+
+def _runs_as(module: nn.Module, base: type) -> bool:
+    """Whether calling a module runs the base class's own code, and no other."""
+    own = type(module)
+    ways = ("forward", "_conv_forward", "__call__", "_call_impl")
+    patched = any(way in vars(module) for way in ways)
+    return not patched and all(getattr(own, way, None) is getattr(base, way, None) for way in ways)
+
+
 def shape_of(module: nn.Module) -> LayerShape:
-    """The shape of a module's weight, one group at a time; the module is of a type in `LAYER_KINDS`."""
-    kind = LAYER_KINDS[type(module)]
-    weight = cast(Tensor, module.weight)
+    """The shape of a module's weight, one group at a time; the module is of a kind in `LAYER_KINDS`."""
+    kind, weight = known_kind(module), cast(Tensor, module.weight)
+    if kind.stacked:
+        groups, *sizes = weight.shape
+        outputs, inputs = sizes if cast(Stack, module).by_rows else sizes[::-1]
+        return LayerShape(outputs, inputs, (), groups, routed=True)
     groups = int(getattr(module, "groups", 1))
     first, second = weight.shape[0] // groups, weight.shape[1]
     outputs, inputs = (second, first) if kind.transposed else (first, second)
@@ -65,6 +114,8 @@ def weight_of(module: nn.Module) -> Float[Tensor, "g o i *taps"]:
     """A module's weight, detached, as (groups, outputs, inputs, taps), without kernel axes of size one."""
     shape = shape_of(module)
     weight = cast(Tensor, module.weight).detach()
+    if isinstance(module, Stack):
+        return weight if module.by_rows else weight.mT
     taps = [size for size in shape.kernel if size > 1]
     if shape.transposed:
         return weight.reshape(shape.groups, shape.inputs, shape.outputs, *taps).transpose(1, 2)
@@ -73,7 +124,8 @@ def weight_of(module: nn.Module) -> Float[Tensor, "g o i *taps"]:
 
 def module_weight(layer: LayerSpec, weight: Float[Tensor, "g o i *taps"]) -> Tensor:
     """A weight as `weight_of` gives it, in the shape the layer's module has it; differentiable."""
-    return (weight.transpose(1, 2) if layer.shape.transposed else weight).reshape(layer.weight)
+    turned = layer.shape.transposed or (layer.shape.routed and weight.shape != layer.weight)  # square: either serves
+    return (weight.transpose(1, 2) if turned else weight).reshape(layer.weight)
 
 
 def stage_weights(module: nn.Module, wiring: Wiring, factors: Factors) -> list[nn.Parameter]:
@@ -85,74 +137,40 @@ def stage_weights(module: nn.Module, wiring: Wiring, factors: Factors) -> list[n
     ]
 
 
-def as_stage_weights(shape: LayerShape, wiring: Wiring, factors: Factors) -> list[Tensor]:
-    """The factors, or their gradients, in the shapes of the stages' weights."""
-    weights = []
-    for letters, order, stage, factor in zip(
-        wiring.factors, _stage_orders(shape, wiring), wiring.stages, factors, strict=True
-    ):
-        moved = factor.permute(0, *(1 + letters.index(axis) for axis in "".join(order) + stage.taps))
-        sizes = dict(zip(letters, factor.shape[1:], strict=True))
-        kernel = [sizes[axis] if axis in stage.taps else 1 for axis in shape.axes]
-        rows, columns = (product(sizes, axes) for axes in order)
-        weights.append(moved.reshape(shape.groups * rows, columns, *kernel))
-    return weights
-
-
 def stage_factors(stages: nn.Module, module: nn.Module, wiring: Wiring, ranks: Sequence[int]) -> Factors:
     """The factors that the stages in place of `module` hold, in their dtype; differentiable in the stages' weights."""
     return as_factors(weights_of_stages(stages), shape_of(module), wiring, ranks)
 
 
-def as_factors(weights: Sequence[Tensor], shape: LayerShape, wiring: Wiring, ranks: Sequence[int]) -> Factors:
-    """The factors in tensors of the shapes of the stages' weights, or their gradients."""
-    sizes = cast(dict[str, int], wiring.sizes(shape, list(ranks)))
-    factors = []
-    for letters, order, stage, weight in zip(
-        wiring.factors, _stage_orders(shape, wiring), wiring.stages, weights, strict=True
-    ):
-        axes = "".join(order) + stage.taps
-        split = weight.reshape(shape.groups, *(sizes[axis] for axis in axes))
-        factors.append(split.permute(0, *(1 + axes.index(axis) for axis in letters)))
-    return tuple(factors)
-
-
-def empty_factors(shape: LayerShape, wiring: Wiring, ranks: Sequence[int]) -> Factors:
-    """Uninitialised factors of a layer at the given ranks."""
-    sizes = cast(dict[str, int], wiring.sizes(shape, list(ranks)))
-    return tuple(torch.empty(shape.groups, *wiring.factor_shape(k, sizes)) for k in range(len(wiring.factors)))
-
-
-@torch.no_grad()
-def write_factors_(weights: Sequence[Tensor], shape: LayerShape, wiring: Wiring, factors: Factors) -> None:
-    """Gives the stages' weights other factors of the same ranks."""
-    for weight, new in zip(weights, as_stage_weights(shape, wiring, factors), strict=True):
-        weight.copy_(new)
-
-
 def weights_of_stages(stages: nn.Module) -> list[nn.Parameter]:
-    """The weights of the stages that `factorised` made, in their order."""
-    return [cast(nn.Parameter, stage.weight) for stage in stages.children() if type(stage) in LAYER_KINDS]
+    """The weights of the stages that `factorised` made, in the order of the wiring."""
+    return cast(Factorised, stages).weights
 
 
-def _stage_orders(shape: LayerShape, wiring: Wiring) -> list[tuple[str, str]]:
-    """For each stage the bonds and channel axes that make up its weight's rows, and those of its columns."""
-    orders = []
-    for stage, resized in zip(wiring.stages, wiring.resized(shape), strict=True):
-        first, second = stage.opened, stage.summed
-        if shape.transposed and resized:
-            first, second = second, first
-        orders.append((stage.kept + first, second))
-    return orders
-
-
-def factorised(
-    module: nn.Module, wiring: Wiring, ranks: Sequence[int], weights: Sequence[nn.Parameter]
-) -> nn.Sequential:
+def factorised(module: nn.Module, wiring: Wiring, ranks: Sequence[int], weights: Sequence[nn.Parameter]) -> Factorised:
     """The stages of a wiring in place of `module`, around the given weights; the last stage takes the module's bias.
 
     Stride, padding and dilation go axis by axis to the stage that holds the axis's taps.
     """
+    kind, shape = known_kind(module), shape_of(module)
+    places: tuple[int, ...]
+    if kind.lookup:
+        stages, places = _lookup_stages(cast(nn.Embedding, module), weights), (1, 0)
+    elif kind.stacked:
+        stages, places = [FactorBlocks(weight, shape.groups) for weight in weights], tuple(range(len(weights)))
+    else:
+        stages = _module_stages(module, wiring, ranks, weights)
+        places = tuple(place for place, stage in enumerate(stages) if hasattr(stage, "weight"))
+        stages[-1].register_parameter("bias", cast("nn.Parameter | None", module.bias))
+    turned = kind.transposed or (isinstance(module, Stack) and not module.by_rows)
+    weight = tuple(cast(Tensor, module.weight).shape)
+    return stand_in(module, stages, Role(shape, wiring, tuple(ranks), weight, turned, places))
+
+
+def _module_stages(
+    module: nn.Module, wiring: Wiring, ranks: Sequence[int], weights: Sequence[nn.Parameter]
+) -> list[nn.Module]:
+    """The stages of a layer that multiplies, in the order they run."""
     shape = shape_of(module)
     sizes = cast(dict[str, int], wiring.sizes(shape, list(ranks)))
     stages: list[nn.Module] = []
@@ -161,13 +179,27 @@ def factorised(
         stages.extend(_move_bond(sizes, carried, stage, shape.groups))
         stages.append(_stage_module(module, stage, resized, weight, groups=shape.groups * product(sizes, stage.kept)))
         carried = stage.carried
-    stages[-1].register_parameter("bias", cast("nn.Parameter | None", module.bias))
-    return nn.Sequential(*stages).train(module.training)
+    return stages
+
+
+def _lookup_stages(module: nn.Embedding, weights: Sequence[nn.Parameter]) -> list[nn.Module]:
+    """A narrow embedding, and what widens it: the last factor of the matrix, then the first."""
+    first, last = weights
+    narrow = nn.Embedding(
+        last.shape[0],
+        last.shape[1],
+        padding_idx=module.padding_idx,
+        scale_grad_by_freq=module.scale_grad_by_freq,
+        sparse=module.sparse,
+        _weight=last,
+    )
+    narrow.weight = last
+    return [narrow, TransposedLinear(first)]
 
 
 def _stage_module(module: nn.Module, stage: Stage, resized: str, weight: nn.Parameter, *, groups: int) -> nn.Module:
     """One stage: a Linear, or a convolution that strides and pads along the axes in `resized`."""
-    kind, shape = LAYER_KINDS[type(module)], shape_of(module)
+    kind, shape = known_kind(module), shape_of(module)
     transposed = kind.transposed and bool(resized)
     rows, columns = weight.shape[0], weight.shape[1]
     inputs, outputs = (rows, columns * groups) if transposed else (columns * groups, rows)
@@ -186,7 +218,7 @@ def _stage_module(module: nn.Module, stage: Stage, resized: str, weight: nn.Para
                 options[name] = tuple(value if axis in resized else neutral for axis, value in pairs)
         if resized:
             options["padding_mode"] = module.padding_mode
-    made = (kind.module if transposed else kind.pointwise)(inputs, outputs, **options)
+    made = (cast(Any, kind.module) if transposed else kind.pointwise)(inputs, outputs, **options)
     made.weight = weight
     return made
 

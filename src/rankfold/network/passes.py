@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,9 +18,12 @@ Inputs = Any
 
 
 def run(model: nn.Module, inputs: Inputs) -> Any:
-    """The model's output on example inputs, without gradients, in evaluation mode; its mode is restored."""
-    args, kwargs = arguments_of(inputs)
-    with evaluating(model), torch.no_grad():
+    """The model's output on example inputs, without gradients, in evaluation mode; its mode is restored.
+
+    The model gets copies of the inputs, which it may change, and draws the same random numbers in every pass.
+    """
+    args, kwargs = arguments_of(copied(inputs))
+    with evaluating(model), seeded(model), torch.no_grad():
         return model(*args, **kwargs)
 
 
@@ -27,6 +32,33 @@ def arguments_of(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
+
+
+def copied(inputs: Inputs) -> Inputs:
+    """The same inputs in tensors of their own, ordinary ones where they were made under inference mode."""
+    if isinstance(inputs, Tensor):
+        return inputs.detach().clone()
+    if isinstance(inputs, Mapping):
+        return {name: copied(value) for name, value in inputs.items()}
+    if type(inputs) in (tuple, list):
+        return type(inputs)(map(copied, inputs))
+    return inputs
+
+
+@contextmanager
+def seeded(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Random numbers from `seed` for PyTorch, NumPy and Python; all three go on as they were afterwards."""
+    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=sorted(devices, key=str)):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 @contextmanager
@@ -52,21 +84,32 @@ def describe_inputs(inputs: Inputs) -> str:
     return type(inputs).__name__
 
 
+def reason_of(error: BaseException) -> str:
+    """The first line of what an error says, or its kind."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def output_of(output: Any) -> Tensor:
     """The tensor a network's output is compared by: itself, its `logits`, or its first tensor.
 
     Raises ModelError where there is none.
     """
     named = getattr(output, "logits", output)
-    found = next(iter(tensors_in(named)), None)
-    if found is None or not found.is_floating_point():
+    found = next((tensor for tensor in tensors_in(named) if tensor.is_floating_point()), None)
+    if found is None:
         raise ModelError(f"the model returns {type(output).__name__}, which holds no floating tensor to compare")
     return found
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in nested tuples, lists and mappings."""
+    """The tensors in nested tuples, lists, mappings and dataclasses."""
     if isinstance(value, Tensor):
         return [value]
-    parts = value.values() if hasattr(value, "values") else value if isinstance(value, (tuple, list)) else ()
+    if isinstance(value, Mapping):
+        parts: Any = value.values()
+    elif isinstance(value, (tuple, list)):
+        parts = value
+    else:
+        parts = vars(value).values() if hasattr(value, "__dataclass_fields__") else ()
     return [tensor for part in parts for tensor in tensors_in(part)]

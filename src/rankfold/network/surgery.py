@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from rankfold.decompositions import Factors, fit, metric_error, wiring_of
 from rankfold.decompositions.metric import IDENTITY, Moment
-from rankfold.errors import ModelError, PlanError
-from rankfold.network.kinds import LAYER_KINDS, empty_factors, factorised, shape_of, stage_weights, weight_of
+from rankfold.errors import PlanError
+from rankfold.network.copies import duplicate, replaced, sharing
+from rankfold.network.kinds import factorised, kind_of, shape_of, stage_weights, weight_of
+from rankfold.network.layouts import empty_factors
+from rankfold.network.opening import open_
 from rankfold.plan import LayerPlan, Plan
 from rankfold.progress import Progress, silent
 
@@ -30,7 +32,7 @@ def apply_plan(
     The original is untouched. `factors` are those already at hand, by layer name; others are fitted, in the metric of
     the layer's entry in `moments` if it has one. Raises PlanError where the plan does not fit the model.
     """
-    student = duplicate(model)
+    student = open_(duplicate(model), plan.opened)
     reached = []
     for done, layer in enumerate(plan.layers):
         progress("fitting factors", done, len(plan.layers))
@@ -47,49 +49,61 @@ def apply_plan(
                 layer.decomposition, weight, shape, layer.ranks, layer=layer.name, starts=layer.starts, moment=moment
             )
         stored = tuple(factor.to(weight.dtype).double() for factor in found)
-        swap_(student, layer, found)
+        student = swapped(student, layer, found)
         reached.append(replace(layer, error=metric_error(weight.double(), wiring, stored, moment)))
     progress("fitting factors", len(plan.layers), len(plan.layers))
     return student, plan.with_layers(tuple(reached))
 
 
-def rebuild_(model: nn.Module, plan: Plan) -> None:
-    """Puts the plan's factorised modules, with uninitialised weights, into a freshly built model, in place.
+def rebuilt(model: nn.Module, plan: Plan) -> nn.Module:
+    """A freshly built model with the plan's factorised modules, weights uninitialised, in place; returns the root.
 
     Raises PlanError where the plan does not fit the model.
     """
+    try:
+        model = open_(model, plan.opened)
+    except (AttributeError, KeyError) as error:
+        raise PlanError(f"the plan does not fit the model: {error}") from error
     for layer in plan.decomposed:
         module = _submodule(model, layer)
         shape = shape_of(module)
         wiring = wiring_of(cast(str, layer.decomposition), shape)
         if len(layer.ranks) != len(wiring.bonds) or min(layer.ranks) < 1:
             raise PlanError(f"{layer.name}: ranks {layer.ranks} do not fit {layer.decomposition}, bonds {wiring.bonds}")
-        swap_(model, layer, empty_factors(shape, wiring, layer.ranks))
+        model = swapped(model, layer, empty_factors(shape, wiring, layer.ranks))
+    return model
 
 
-def swap_(model: nn.Module, layer: LayerPlan, factors: tuple[Tensor, ...]) -> None:
-    """Replaces a layer, at all its names, by stages around one set of factors, in place."""
+def opened_for(model: nn.Module, plan: Plan) -> nn.Module:
+    """The original with the modules opened that a plan opens, so that the plan's layers are found in it.
+
+    It shares its tensors with the model, which is left as it is.
+    """
+    return open_(sharing(model), plan.opened) if plan.opened else model
+
+
+def swapped(model: nn.Module, layer: LayerPlan, factors: tuple[Tensor, ...]) -> nn.Module:
+    """The model with stages around one set of factors in place of a layer, at all its names; returns the root."""
     places = {path: model.get_submodule(path) for path in (layer.name, *layer.aliases)}  # before any of them is gone
     first = places[layer.name]
     wiring = wiring_of(cast(str, layer.decomposition), shape_of(first))
     weights = stage_weights(first, wiring, factors)
-    replaced = {module: factorised(module, wiring, layer.ranks, weights) for module in dict.fromkeys(places.values())}
+    stages = {module: factorised(module, wiring, layer.ranks, weights) for module in dict.fromkeys(places.values())}
     for path, module in places.items():
-        parent_path, _, attribute = path.rpartition(".")
-        parent = model.get_submodule(parent_path)
-        setattr(parent, attribute, replaced[module])
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            parent.activation_relu_or_gelu = 0  # its fused path would read the weight of the layer that is gone
+        model = replaced(model, path, stages[module])
+        _unfuse_(model, path)
+    return model
 
 
-def duplicate(model: nn.Module) -> nn.Module:
-    """A deep copy; raises ModelError where the model does not allow one."""
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise ModelError(
-            f"the model cannot be copied ({error}); build it anew, without hooks or open graphs"
-        ) from error
+def _unfuse_(model: nn.Module, path: str) -> None:
+    """Keeps PyTorch's fused encoder from reading weights at a place: it would compose and multiply by them whole."""
+    parts = path.split(".")
+    for depth in range(len(parts)):
+        module: Any = model.get_submodule(".".join(parts[:depth]))
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
 
 
 def _submodule(model: nn.Module, layer: LayerPlan) -> nn.Module:
@@ -99,7 +113,8 @@ def _submodule(model: nn.Module, layer: LayerPlan) -> nn.Module:
             module = model.get_submodule(path)
         except AttributeError:
             raise PlanError(f"the plan does not fit the model: it has no layer {path!r}") from None
-        if type(module).__name__ != layer.kind or type(module) not in LAYER_KINDS:
+        kind = kind_of(module)
+        if kind is None or (path == layer.name and kind.name != layer.kind):
             raise PlanError(f"{path}: the plan says {layer.kind}, the model has {type(module).__name__}")
         weight = tuple(cast(Tensor, module.weight).shape)
         if weight != layer.weight:

@@ -10,12 +10,13 @@ import numpy as np
 from torch import nn
 
 from rankfold.budget import Cost
+from rankfold.network.checks import check_model
 from rankfold.network.costs import cost_of
-from rankfold.network.finding import check_model, find_layers
+from rankfold.network.finding import find_layers
 from rankfold.network.kinds import weight_of
 from rankfold.network.passes import Inputs
-from rankfold.pipeline import Decompositions, assign
 from rankfold.plan import LayerSpec
+from rankfold.planning import Decompositions, assign
 from rankfold.progress import Progress, silent
 from rankfold.search.candidates import measure_layer
 from rankfold.search.curves import Curve

@@ -5,6 +5,7 @@ The blended weights stand in for the layers' own in one functional call; the net
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -16,7 +17,17 @@ from torch.nn import functional
 
 from rankfold.errors import DataError, ModelError
 from rankfold.network.kinds import module_weight
-from rankfold.network.passes import Inputs, arguments_of, describe_inputs, evaluating, output_of, tensors_in
+from rankfold.network.passes import (
+    Inputs,
+    arguments_of,
+    copied,
+    describe_inputs,
+    evaluating,
+    output_of,
+    run,
+    seeded,
+    tensors_in,
+)
 from rankfold.search.curves import Curve
 from rankfold.search.objective import Objective
 
@@ -34,6 +45,14 @@ class NetworkObjective(Objective):
         self.together = together
         if not self.batches:
             raise DataError("the objective has no batches; give at least one")
+
+    def placed_on(self, model: nn.Module) -> NetworkObjective:
+        """The same objective of another copy of its network."""
+        if model is self.model:
+            return self
+        placed = copy.copy(self)
+        placed.model = model
+        return placed
 
     @abstractmethod
     def batch_loss(self, batch: int, call: Callable[[Inputs], Any]) -> Tensor:
@@ -67,14 +86,15 @@ class NetworkObjective(Objective):
     def _call(self, curves: Sequence[Curve], weights: Sequence[Tensor]) -> Callable[[Inputs], Any]:
         """The network with other weights, as a function."""
         named = {
-            f"{curve.layer.name}.weight": module_weight(curve.layer, weight)
+            f"{curve.layer.name}.weight".lstrip("."): module_weight(curve.layer, weight)
             for curve, weight in zip(curves, weights, strict=True)
         }
         return partial(self._run, named)
 
     def _run(self, named: dict[str, Tensor], inputs: Inputs) -> Any:
-        args, kwargs = arguments_of(inputs)
-        return torch.func.functional_call(self.model, named, args, kwargs)
+        args, kwargs = arguments_of(copied(inputs))
+        with seeded(self.model):
+            return torch.func.functional_call(self.model, named, args, kwargs)
 
     def _amount(self) -> str:
         """How much data there is, in words, with a sum that tells one set of batches from another."""
@@ -87,8 +107,8 @@ class Divergence(NetworkObjective):
     """How far the outputs are from the teacher's, the network's own, on unlabelled batches.
 
     Outputs that are logits are compared by the Kullback-Leibler divergence of their softmax at `temperature`, over the
-    last axis; with `logits=False` by the squared error relative to the teacher's size. A batch is a tensor, a tuple of
-    positional or a dict of keyword arguments. The teacher runs once per batch.
+    axis of the classes (`class_axis`); with `logits=False` by the squared error relative to the teacher's size. A batch
+    is a tensor, a tuple of positional or a dict of keyword arguments. The teacher runs once per batch.
     """
 
     def __init__(
@@ -108,9 +128,13 @@ class Divergence(NetworkObjective):
     def batch_loss(self, batch: int, call: Callable[[Inputs], Any]) -> Tensor:
         inputs = self.batches[batch]
         if batch not in self._taught:
-            args, kwargs = arguments_of(inputs)
-            with torch.no_grad():
-                self._taught[batch] = output_of(self.model(*args, **kwargs))
+            taught = output_of(run(self.model, inputs))
+            if self.logits and taught.shape[class_axis(taught)] < 2:
+                raise DataError(
+                    f"the network's outputs {tuple(taught.shape)} have one column, where a softmax is always one and "
+                    "the divergence zero; compare them by Divergence(..., logits=False)"
+                )
+            self._taught[batch] = taught
         taught, output = self._taught[batch], output_of(call(inputs))
         if not self.logits:
             return (output - taught).square().sum() / taught.square().sum().clamp_min(1e-30)
@@ -150,8 +174,13 @@ class Validation(NetworkObjective):
         return f"validation loss ({name}; {self._amount()})"
 
 
+def class_axis(output: Tensor) -> int:
+    """The axis of an output that its classes are along: the second of dense predictions (n, classes, h, w…)."""
+    return 1 if output.ndim > 3 else -1
+
+
 def softened(output: Tensor, taught: Tensor, temperature: float) -> Tensor:
-    """T² times the Kullback-Leibler divergence of the softmax at T from the teacher's, over the last axis, per row.
+    """T² times the Kullback-Leibler divergence of the softmax at T from the teacher's, over the classes, per row.
 
     Raises ModelError where the two do not have the same shape.
     """
@@ -160,5 +189,7 @@ def softened(output: Tensor, taught: Tensor, temperature: float) -> Tensor:
             f"the student gives outputs of shape {tuple(output.shape)}, the teacher {tuple(taught.shape)}; "
             "distillation needs a teacher of the same classes"
         )
-    own, other = (functional.log_softmax(one.float().flatten(0, -2) / temperature, -1) for one in (output, taught))
+    axis = class_axis(taught)
+    rows = (one.float().movedim(axis, -1).flatten(0, -2) for one in (output, taught))
+    own, other = (functional.log_softmax(one / temperature, -1) for one in rows)
     return temperature**2 * functional.kl_div(own, other, reduction="batchmean", log_target=True)

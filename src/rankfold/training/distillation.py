@@ -25,7 +25,7 @@ from rankfold.network.kinds import shape_of, stage_factors, weight_of
 from rankfold.network.passes import output_of
 from rankfold.plan import LayerPlan, Plan
 from rankfold.search.network_objectives import softened
-from rankfold.training.geometry import check_place
+from rankfold.training.geometry import check_place, opened_original
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ class Distillation:
             raise TrainingError("losses of logits and outputs need a teacher; give one, or set their weights to zero")
         if losses.by_layer and (teacher is None or plan is None):
             raise TrainingError("losses by layer need the original as the teacher, and the plan of its layers")
+        if losses.by_layer and teacher is not None and plan is not None:
+            teacher = opened_original(teacher, plan)
         self.losses, self.student, self.teacher = losses, student, teacher
         self.layers = plan.decomposed if plan and losses.by_layer else ()
         for layer in self.layers:

@@ -17,14 +17,9 @@ from torch import Tensor, nn
 from rankfold.decompositions import damped, is_polyadic, scaled_gradients, wiring_of
 from rankfold.decompositions.wiring import LayerShape, Wiring
 from rankfold.errors import TrainingError
-from rankfold.network.kinds import (
-    as_factors,
-    as_stage_weights,
-    empty_factors,
-    shape_of,
-    weights_of_stages,
-    write_factors_,
-)
+from rankfold.network.kinds import known_kind, shape_of, weights_of_stages
+from rankfold.network.layouts import as_factors, as_stage_weights, empty_factors, write_factors_
+from rankfold.network.surgery import opened_for
 from rankfold.plan import LayerPlan, Plan
 
 RIDGE = 0.01
@@ -51,6 +46,7 @@ class Geometry:
     """
 
     def __init__(self, student: nn.Module, original: nn.Module, plan: Plan) -> None:
+        original = opened_original(original, plan)
         self.layers = [_factorised(student, original, layer) for layer in plan.decomposed]
         self.parameters = {weight for layer in self.layers for weight in layer.weights}
 
@@ -89,11 +85,21 @@ class Geometry:
         return torch.stack(energies).sum()
 
 
+def opened_original(model: nn.Module, plan: Plan) -> nn.Module:
+    """The network that a plan is of, with what the plan opens opened; raises TrainingError where it is another one."""
+    try:
+        return opened_for(model, plan)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise TrainingError(
+            f"the network taken for the original is not the one that the plan is of: {error}"
+        ) from error
+
+
 def check_place(model: nn.Module, layer: LayerPlan, advice: str) -> None:
     """Raises TrainingError, with the advice, where the model has no such layer as the plan's."""
     try:
         module = model.get_submodule(layer.name)
-        found = (type(module).__name__, tuple(cast(Tensor, module.weight).shape))
+        found = (known_kind(module).name, tuple(cast(Tensor, module.weight).shape))
     except AttributeError:
         found = ("", ())
     if found != (layer.kind, layer.weight):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rankfold.errors import TrainingError
 from rankfold.evaluation import accuracy
-from rankfold.network.surgery import duplicate
+from rankfold.network.copies import duplicate
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
 from rankfold.sources.data import Dataset

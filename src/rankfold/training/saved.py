@@ -19,6 +19,7 @@ from rankfold.evaluation import accuracy, latency
 from rankfold.files.artifact import check_target, digest, load, load_plan, save
 from rankfold.files.original import load_original_, rebuild
 from rankfold.network.kinds import shape_of, stage_factors, weight_of
+from rankfold.network.surgery import opened_for
 from rankfold.pipeline import Result
 from rankfold.plan import LayerPlan, Plan
 from rankfold.progress import Progress, silent
@@ -134,7 +135,9 @@ def fine_tune_saved(
         "fine_tunings": [*plan.settings.get("fine_tunings", []), this],
         "metric": "frobenius, after fine-tuning",
     }
-    plan = replace(plan, settings=settings, layers=tuple(_measured(layer, *models[::2]) for layer in plan.layers))
+    dense = opened_for(source.model, plan)
+    measured = tuple(_measured(layer, dense, trained.model) for layer in plan.layers)
+    plan = replace(plan, settings=settings, layers=measured)
     held, final = (
         tuple(accuracy(model, part, progress=progress, what=f"scoring on {what}").top1 for model in models)
         if part is not None and trained.main

@@ -1,0 +1,264 @@
+"""Planning: which decompositions layers may take, their curves, and the plan that a search finds within a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any, cast
+
+from torch import nn
+
+from rankfold.budget import UNITS, Budget, Cost
+from rankfold.decompositions import DECOMPOSITIONS, Factors
+from rankfold.decompositions import decomposition as known_decomposition
+from rankfold.decompositions.metric import IDENTITY, Moment
+from rankfold.errors import BudgetError, ModelError, UnknownNameError
+from rankfold.network.finding import Layers, matches
+from rankfold.network.kinds import weight_of
+from rankfold.network.opening import Opened, within
+from rankfold.network.passes import Inputs
+from rankfold.network.rehearsal import rehearse
+from rankfold.plan import LayerPlan, LayerSpec, Plan
+from rankfold.progress import Progress, silent
+from rankfold.search import Problem, Search, settle
+from rankfold.search import search as known_search
+from rankfold.search.candidates import measure_layer, smallest_form
+from rankfold.search.curves import Curve
+from rankfold.search.network_objectives import NetworkObjective
+from rankfold.search.trace import Trace
+
+Decompositions = str | Sequence[str] | Mapping[str, str | Sequence[str]]
+"""A name, several to choose from layer by layer, "auto" for all, or a mapping from name patterns to any of these."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A search's plan, its history if it keeps one, and the factors it has fitted already, by layer name."""
+
+    plan: Plan
+    trace: Trace | None
+    factors: Mapping[str, Factors]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a plan is sought for: a network on example inputs, as it is and opened, and a budget.
+
+    `whole_choice` says that the user named the layers, embeddings among them or not.
+    """
+
+    model: nn.Module
+    inputs: Inputs
+    opened: Opened
+    budget: Budget
+    search: str | Search
+    before: Cost
+    whole_choice: bool
+
+
+def feasible_plan(task: Task, layers: Layers, curves: Sequence[Curve], *, progress: Progress = silent) -> Found:
+    """The plan a search finds, with every layer left out that rehearsing it shows not to be replaceable.
+
+    Embeddings are decomposed where the user chose the layers, or where the budget cannot be met without. Raises
+    BudgetError, naming what was left out, where there is no plan.
+    """
+    refused: dict[str, str] = {}
+    held = {} if task.whole_choice else {c.layer.name: _EMBEDDING for c in curves if _is_lookup(c.layer)}
+    if len(held) == len(curves):
+        held = {}
+    while True:
+        left = [curve for curve in curves if curve.layer.name not in {**refused, **held}]
+        if not left:
+            reasons = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in refused.items())
+            raise ModelError(f"no layer can be replaced: {reasons}")
+        try:
+            found = search_plan(
+                left,
+                layers.without({**refused, **held}),
+                task.before,
+                budget=task.budget,
+                search=task.search,
+                progress=progress,
+            )
+        except BudgetError as error:
+            if held:
+                held = {}
+                continue
+            if not refused:
+                raise
+            named = ", ".join(f"{name} ({reason})" for name, reason in refused.items())
+            raise BudgetError(f"{error}; these layers cannot be replaced: {named}") from None
+        progress("rehearsing the plan", 0, 1)
+        opened = within(task.opened.openings, [layer.name for layer in found.plan.decomposed])
+        plan = replace(found.plan, opened=opened)
+        rehearsal = rehearse(task.model, plan, task.inputs)
+        progress("rehearsing the plan", 1, 1)
+        if not rehearsal.refused:
+            told = {"macs_depend_on_data": True} if rehearsal.depends else {}
+            return replace(found, plan=replace(plan, after=rehearsal.cost, settings={**plan.settings, **told}))
+        refused.update(rehearsal.refused)
+
+
+def placed(search: str | Search, model: nn.Module) -> str | Search:
+    """The search with an objective that runs a network put on the opened one, in which the plan's layers are."""
+    objective = getattr(search, "objective", None)
+    if not isinstance(objective, NetworkObjective):
+        return search
+    return replace(cast(Any, search), objective=objective.placed_on(model))
+
+
+_EMBEDDING = "an embedding: left whole, as the budget can be met without it; include it by name to have it decomposed"
+
+
+def _is_lookup(layer: LayerSpec) -> bool:
+    return any(call.lookup for call in layer.shape.calls)
+
+
+def assign(layers: Layers, decomposition: Decompositions) -> tuple[dict[str, tuple[str, ...]], Layers]:
+    """The decompositions each layer may take, and the layers with those that may take none moved to the skipped ones.
+
+    Raises UnknownNameError for an unknown decomposition or a pattern that matches no layer.
+    """
+    if not isinstance(decomposition, Mapping):
+        names = _names(decomposition)
+        choices = {layer.name: names for layer in layers.found}
+    else:
+        everything = [name for layer in layers.found for name in (layer.name, *layer.aliases)]
+        for pattern in decomposition:
+            if not any(matches(name, pattern) for name in everything):
+                raise UnknownNameError("decomposition pattern", pattern, everything)
+        choices = {
+            layer.name: _names(given)
+            for layer in layers.found
+            for given in [_first_match(layer, decomposition)]
+            if given is not None
+        }
+    found = tuple(layer for layer in layers.found if layer.name in choices)
+    skipped = {
+        layer.name: "no pattern of the decompositions matches it" for layer in layers.found if layer not in found
+    }
+    if not found:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in {**layers.skipped, **skipped}.items())
+        raise ModelError(f"the model has no layer to decompose ({reasons or 'it has no weight matrices'})")
+    return choices, Layers(found, {**layers.skipped, **skipped})
+
+
+def measure(
+    model: nn.Module,
+    layers: Layers,
+    choices: Mapping[str, Sequence[str]],
+    *,
+    units: Sequence[str] = UNITS,
+    moments: Mapping[str, Moment] | None = None,
+    progress: Progress = silent,
+) -> tuple[Curve, ...]:
+    """Error and cost per rank for every layer and every decomposition it may take, in its metric where it has one."""
+    curves = []
+    for done, layer in enumerate(layers.found):
+        progress("measuring layers", done, len(layers.found))
+        weight = weight_of(model.get_submodule(layer.name))
+        moment = (moments or {}).get(layer.name, IDENTITY)
+        curves.append(measure_layer(layer, weight, choices[layer.name], units=units, moment=moment))
+    progress("measuring layers", len(layers.found), len(layers.found))
+    return tuple(curves)
+
+
+def make_plan(
+    curves: Sequence[Curve], layers: Layers, before: Cost, *, budget: Budget, search: str | Search = "exact"
+) -> Plan:
+    """The plan a search finds within the budget; raises BudgetError, naming the smallest feasible one, if none is."""
+    return search_plan(curves, layers, before, budget=budget, search=search).plan
+
+
+def search_plan(
+    curves: Sequence[Curve],
+    layers: Layers,
+    before: Cost,
+    *,
+    budget: Budget,
+    search: str | Search = "exact",
+    progress: Progress = silent,
+) -> Found:
+    """What a search finds within the budget; raises BudgetError where there is no plan.
+
+    Where the budget limits the error, every chosen candidate is fitted before it is relied on.
+    """
+    progress("searching ranks", 0, 1)
+    problem = pose(curves, before, budget)
+    find = known_search(search) if isinstance(search, str) else search
+    selection = settle(problem, find, progress)
+    progress("searching ranks", 1, 1)
+    chosen = selection.curves or problem.curves
+    planned = tuple(_planned(curve, k, problem.starts) for curve, k in zip(chosen, selection.choices, strict=True))
+    after = reduce(Cost.__add__, (layer.after for layer in planned), problem.fixed)
+    settings = {
+        "search": search if isinstance(search, str) else repr(search),
+        "budget": dict(budget.given),
+        "minimised": problem.minimise,
+        "objective": selection.objective,
+        "bound": selection.bound,
+    }
+    hopeless = {curve.layer.name: no_gain(curve) for curve in curves if len(curve) == 1}
+    plan = Plan(planned, {**layers.skipped, **hopeless}, before, after, settings)
+    pairs = zip(chosen, selection.choices, strict=True)
+    fitted = {curve.layer.name: factors for curve, k in pairs if (factors := curve.factors(k)) is not None}
+    return Found(plan, selection.trace, fitted)
+
+
+def pose(curves: Sequence[Curve], before: Cost, budget: Budget) -> Problem:
+    """The search problem of a budget: which candidate for each curve that has a choice."""
+    dense = reduce(Cost.__add__, (curve.layer.dense for curve in curves), Cost(0, 0, 0))
+    fixed = before - dense
+    useful = tuple(curve for curve in curves if len(curve) > 1)
+    kept_whole = reduce(Cost.__add__, (curve.layer.dense for curve in curves if len(curve) == 1), Cost(0, 0, 0))
+    return Problem(
+        useful,
+        budget.limits(before),
+        fixed + kept_whole,
+        before,
+        error=budget.largest_error * len(useful),
+        minimise=budget.minimised,
+    )
+
+
+def no_gain(curve: Curve) -> str:
+    """Why a layer has no candidate but itself, in words."""
+    forms = "; ".join(dict.fromkeys(smallest_form(curve.layer, name) for name in curve.tried))
+    return f"no rank makes it smaller: {forms}"
+
+
+def _planned(curve: Curve, choice: int, starts: int) -> LayerPlan:
+    """The plan's entry for a curve's chosen candidate."""
+    layer = curve.layer
+    params, macs = int(curve.costs["params"][choice]), int(curve.costs["macs"][choice])
+    return LayerPlan(
+        name=layer.name,
+        kind=layer.kind,
+        weight=layer.weight,
+        decomposition=curve.methods[choice],
+        ranks=curve.ranks[choice],
+        before=layer.dense,
+        after=layer.cost(params, macs),
+        aliases=layer.aliases,
+        predicted_error=float(curve.errors[choice]),
+        starts=starts,
+    )
+
+
+def _names(given: str | Sequence[str]) -> tuple[str, ...]:
+    """The decompositions a user's choice stands for."""
+    if given == "auto":
+        return tuple(DECOMPOSITIONS)
+    names = (given,) if isinstance(given, str) else tuple(given)
+    if not names:
+        raise ModelError(f"no decomposition given; name one of {', '.join(DECOMPOSITIONS)}, or 'auto'")
+    return tuple(known_decomposition(name).name for name in names)
+
+
+def _first_match(layer: LayerSpec, mapping: Mapping[str, str | Sequence[str]]) -> str | Sequence[str] | None:
+    """What the first pattern that matches a layer gives it."""
+    for pattern, given in mapping.items():
+        if any(matches(name, pattern) for name in (layer.name, *layer.aliases)):
+            return given
+    return None
