@@ -41,6 +41,15 @@ class Analysis:
     layers: tuple[tuple[LayerSpec, Mapping[str, Saving | None]], ...]
     skipped: Mapping[str, str]
 
+    @property
+    def within_reach(self) -> dict[str, float]:
+        """The share of the network's parameters and MACs that is in layers that can be decomposed."""
+        dense = [layer.dense for layer, _ in self.layers]
+        return {
+            unit: sum(getattr(cost, unit) for cost in dense) / max(getattr(self.cost, unit), 1)
+            for unit in ("params", "macs")
+        }
+
     def as_dict(self) -> dict[str, Any]:
         """The analysis in JSON's types."""
         layers = [
@@ -57,7 +66,13 @@ class Analysis:
             }
             for layer, savings in self.layers
         ]
-        return {**vars(self.cost), "energy": ENERGY, "layers": layers, "skipped": dict(self.skipped)}
+        return {
+            **vars(self.cost),
+            "within_reach": self.within_reach,
+            "energy": ENERGY,
+            "layers": layers,
+            "skipped": dict(self.skipped),
+        }
 
 
 def analyze(
@@ -69,10 +84,16 @@ def analyze(
     exclude: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Analysis:
-    """Every layer of the model, its cost, and what each decomposition would save at nine tenths of its energy."""
+    """Every layer of the model, its cost, and what each decomposition would save at nine tenths of its energy.
+
+    A network without a layer to decompose has an analysis too: of its cost, and of the reasons.
+    """
     check_model(model)
     cost = cost_of(model, example_inputs)
-    choices, layers = assign(find_layers(model, example_inputs, include=include, exclude=exclude), decomposition)
+    layers = find_layers(model, example_inputs, include=include, exclude=exclude)
+    if not layers.found:
+        return Analysis(cost, (), layers.skipped)
+    choices, layers = assign(layers, decomposition)
     rows = []
     for done, layer in enumerate(layers.found):
         progress("measuring layers", done, len(layers.found))
