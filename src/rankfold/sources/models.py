@@ -24,7 +24,7 @@ from rankfold.errors import ModelError, UnknownNameError, nearest
 from rankfold.sources import hugging_face, zoo
 from rankfold.sources.data import Normalisation
 
-FORMS = "zoo:NAME, timm:NAME, torchvision:NAME, hf:NAME, package.module:factory or path/to/file.py:factory"
+FORMS = "zoo:NAME, timm:NAME, torchvision:NAME, hf:NAME or hf:DIR, package.module:factory or path/to/file.py:factory"
 
 
 @dataclass(frozen=True)
