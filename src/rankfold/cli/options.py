@@ -22,7 +22,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="zoo:NAME, timm:NAME, torchvision:NAME, hf:NAME or hf:DIR, package.module:factory or path/to/file.py:factory",
+        help="zoo:NAME, timm:NAME, torchvision:NAME, hf:NAME or hf:DIR, package.module:factory or file.py:factory",
     ),
 ]
 Weights = Annotated[Path | None, typer.Option(help="The network's weights: .safetensors, or a .pt/.pth state dict.")]
