@@ -12,7 +12,7 @@ from rankfold.errors import (
     TrainingError,
     UnknownNameError,
 )
-from rankfold.files.artifact import load, load_plan, save
+from rankfold.files.artifact import load, load_plan, plan_of, save
 from rankfold.pipeline import Result, compress
 from rankfold.plan import LayerPlan, Plan
 from rankfold.reports.analysis import Analysis, analyze
@@ -37,6 +37,7 @@ __all__ = [
     "compress",
     "load",
     "load_plan",
+    "plan_of",
     "save",
 ]
 

@@ -23,7 +23,7 @@ from rankfold.network.opening import opened
 from rankfold.network.passes import Inputs
 from rankfold.network.rehearsal import verified
 from rankfold.network.surgery import apply_plan
-from rankfold.plan import Plan
+from rankfold.plan import KNOWN_PLAN, Plan
 from rankfold.planning import Decompositions, Task, assign, feasible_plan, measure, placed
 from rankfold.progress import Progress, silent
 from rankfold.search import Search
@@ -111,6 +111,7 @@ def compress(
     if in_order:
         plan = refit_(student, whole.model, plan, known.inputs, moments=known.moments, progress=progress)
     plan = verified(model, student, plan, example_inputs)
+    setattr(student, KNOWN_PLAN, plan)
     return Result(student, plan, time.perf_counter() - start, found.trace)
 
 

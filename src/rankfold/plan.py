@@ -17,6 +17,8 @@ from rankfold.decompositions.wiring import LayerShape
 from rankfold.errors import PlanError
 
 FORMAT = "rankfold-plan"
+KNOWN_PLAN = "rankfold_plan"
+"""The attribute in which a model that was compressed or loaded keeps its plan."""
 VERSION = 2
 """Version of the form that is written; version 1, without `opened`, is read as well."""
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from rankfold.errors import DataError
 from rankfold.network.hooks import attached
-from rankfold.network.passes import Inputs, arguments_of, describe_inputs, evaluating, run
+from rankfold.network.passes import Inputs, arguments_of, copied, describe_inputs, evaluating, seeded
 from rankfold.network.tracing import holds_statistics
 from rankfold.progress import Progress, silent
 
@@ -150,25 +150,26 @@ def _arguments(inputs: Inputs) -> dict[int | str, Any]:
 
 def _tokens(model: nn.Module, example_inputs: Inputs) -> tuple[int | str, int] | None:
     """Which argument holds tokens, and out of how many: the rows of the largest embedding that it is an index into."""
-    given = {
-        place: ids for place, ids in _arguments(example_inputs).items() if isinstance(ids, Tensor) and ids.ndim > 1
+    args, kwargs = arguments_of(copied(example_inputs))
+    given = cast("dict[int | str, Any]", dict([*enumerate(args), *kwargs.items()]))
+    integers = {
+        place: ids
+        for place, ids in given.items()
+        if isinstance(ids, Tensor) and ids.ndim > 1 and ids.dtype in (torch.int64, torch.int32)
     }
-    integers = {place: ids for place, ids in given.items() if ids.dtype in (torch.int64, torch.int32)}
     read: list[tuple[int | str, int]] = []
 
     def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         rows = cast(nn.Embedding, module).num_embeddings
-        read.extend((place, rows) for place, ids in integers.items() if inputs and _equal(inputs[0], ids))
+        same = [place for place, ids in integers.items() if inputs and inputs[0].data_ptr() == ids.data_ptr()]
+        read.extend((place, rows) for place in same)
 
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     if integers and embeddings:
-        with attached(module.register_forward_pre_hook(note) for module in embeddings):
-            run(model, example_inputs)
+        hooks = attached(module.register_forward_pre_hook(note) for module in embeddings)
+        with hooks, evaluating(model), seeded(model), torch.no_grad():
+            model(*args, **kwargs)
     return max(read, key=lambda one: one[1], default=None)
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and bool((one == other).all())
 
 
 def usual_count(shape: tuple[int, ...]) -> int:

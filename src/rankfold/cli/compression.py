@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from rankfold.cli.options import (
     Decompositions,
@@ -19,12 +18,14 @@ from rankfold.cli.options import (
     Seed,
     Weights,
     examples,
+    one_input,
     open_model,
     print_json,
     progress_bars,
 )
 from rankfold.errors import BudgetError, DataError, ModelError
 from rankfold.reports import tables
+from rankfold.reports.layout import show
 
 if TYPE_CHECKING:
     from rankfold.search import Search
@@ -60,7 +61,7 @@ def analyze(
     if as_json:
         print_json(report.as_dict())
     else:
-        Console().print(tables.analysis(report))
+        show(tables.analysis(report))
 
 
 def compress(
@@ -142,7 +143,7 @@ def compress(
             exclude=exclude or (),
             progress=progress,
         )
-    origin: dict[str, Any] = {"model": model, "input_shape": list(shape), "seed": seed}
+    origin: dict[str, Any] = {"model": model, "seed": seed, **({"input_shape": list(shape)} if shape else {})}
     if weights:
         origin |= {"weights": str(weights.absolute()), "weights_sha256": digest(weights)}
     path = save(result, small, source=origin)
@@ -156,11 +157,11 @@ def compress(
     if as_json:
         print_json(told)
     else:
-        Console().print(*shown, sep="\n\n")
+        show(*shown)
 
 
 def _training(
-    finetune: str | None, test: str | None, source: Source, shape: tuple[int, ...], **settings: Any
+    finetune: str | None, test: str | None, source: Source, shape: tuple[int, ...] | None, **settings: Any
 ) -> Training | None:
     """The settings of fine-tuning, if that is asked for; its data are looked at now, not after the compression."""
     if finetune is None:
@@ -171,13 +172,14 @@ def _training(
     from rankfold.training import Training
     from rankfold.training.saved import synthetic_count
 
+    one = one_input(shape, finetune)
     for spec in (finetune if synthetic_count(finetune) is None else None, test):
         if spec is not None:
-            open_dataset(spec, shape, source.normalised_by(shape[0]))
+            open_dataset(spec, one, source.normalised_by(one[0]))
     return Training(**settings)
 
 
-def _calibration(spec: str, samples: int | None, source: Source, shape: tuple[int, ...]) -> str | list[Any]:
+def _calibration(spec: str, samples: int | None, source: Source, shape: tuple[int, ...] | None) -> str | list[Any]:
     """What `compress` is to calibrate on: a way to make inputs, by name, or batches of data."""
     from rankfold.calibration.synthetic import SAMPLES
 
@@ -190,7 +192,7 @@ def _search(
     name: str,
     objective: str,
     source: Source,
-    shape: tuple[int, ...],
+    shape: tuple[int, ...] | None,
     *,
     data: str | None,
     samples: int,

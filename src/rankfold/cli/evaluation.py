@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from rankfold.cli.options import Json, numbers, print_json, progress_bars
 from rankfold.reports import tables
+from rankfold.reports.layout import show
 
 
 def evaluate(
@@ -40,7 +40,7 @@ def evaluate(
     if as_json:
         print_json(report.as_dict())
     else:
-        Console().print(tables.comparison(report))
+        show(tables.comparison(report))
 
 
 def demo(as_json: Json = False) -> None:
@@ -53,4 +53,4 @@ def demo(as_json: Json = False) -> None:
     if as_json:
         print_json({"rows": [tables.demo_row_dict(row) for row in rows], "seconds": time.perf_counter() - start})
     else:
-        Console().print(tables.demo(rows, time.perf_counter() - start))
+        show(tables.demo(rows, time.perf_counter() - start))

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from rankfold.cli.options import Json, print_json, progress_bars
 from rankfold.errors import TrainingError
 from rankfold.reports import tables
+from rankfold.reports.layout import show
 
 
 def finetune(
@@ -99,7 +99,7 @@ def finetune(
     if as_json:
         print_json(found.as_dict())
     else:
-        Console().print(tables.fine_tuning(found))
+        show(tables.fine_tuning(found))
 
 
 def finalize(
@@ -114,4 +114,4 @@ def finalize(
     if as_json:
         print_json(found.as_dict())
     else:
-        Console().print(tables.exported(found))
+        show(tables.exported(found))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="zoo:NAME, timm:NAME, torchvision:NAME, hf:NAME, package.module:factory or path/to/file.py:factory",
+        help="zoo:NAME, timm:NAME, torchvision:NAME, hf:NAME or hf:DIR, package.module:factory or file.py:factory",
     ),
 ]
 Weights = Annotated[Path | None, typer.Option(help="The network's weights: .safetensors, or a .pt/.pth state dict.")]
@@ -47,26 +48,41 @@ _BATCH = 128
 
 def open_model(
     spec: str, weights: Path | None, input_shape: str | None, seed: int
-) -> tuple[Source, Any, tuple[int, ...]]:
-    """The network with its weights, an example batch of one, and the shape of one input."""
+) -> tuple[Source, Any, tuple[int, ...] | None]:
+    """The network with its weights, an example batch of one, and the shape of one input (None where it takes several).
+
+    What there is to say of its weights goes to standard error.
+    """
     from rankfold.sources.models import build_model, load_weights_
 
     source = build_model(spec, seed=seed)
     if weights:
         load_weights_(source.model, weights)
-    shape = read_shape(input_shape) if input_shape else source.input_shape
-    if shape is None:
+    elif source.note:
+        print(f"rankfold: {source.note}", file=sys.stderr)
+    if input_shape:
+        shape = read_shape(input_shape)
+        return source, source.example(shape), shape
+    if source.input_shape is None and source.inputs is None:
         raise ModelError(f"{spec} does not say what inputs it takes; give --input-shape, for example 3,224,224")
-    return source, source.example(shape), shape
+    return source, source.example_inputs(), source.input_shape
 
 
-def examples(spec: str, samples: int, source: Source, shape: tuple[int, ...]) -> Iterator[tuple[Any, Any]]:
+def examples(spec: str, samples: int, source: Source, shape: tuple[int, ...] | None) -> Iterator[tuple[Any, Any]]:
     """Batches of evenly spaced examples with their labels."""
     from rankfold.sources.data import open_dataset
 
+    shape = one_input(shape, spec)
     chosen = open_dataset(spec, shape, source.normalised_by(shape[0])).sample(samples)
     for start in range(0, len(chosen), _BATCH):
         yield chosen.batch(start, start + _BATCH)
+
+
+def one_input(shape: tuple[int, ...] | None, spec: str) -> tuple[int, ...]:
+    """The shape of one input, for data; raises DataError for a network that takes several."""
+    if shape is None:
+        raise DataError(f"{spec} holds one input per example, and this model takes several; use the Python interface")
+    return shape
 
 
 def read_shape(text: str) -> tuple[int, ...]:

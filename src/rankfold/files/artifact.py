@@ -1,7 +1,8 @@
-"""A compressed model as a directory: plan.json, model.safetensors, metrics.json, and trace.json of the search if any.
+"""A compressed model as a directory: plan.json, model.safetensors, metrics.json; where there is any, the history of the
+search in trace.json, and in state.json the state of modules that is no tensor.
 
 Written beside its place and moved there in one step, so that a killed save leaves the old directory or the new one.
-Read without unpickling anything: the plan carries checksums of itself and of the other two files.
+Read without unpickling anything: the plan carries checksums of itself and of the other files.
 """
 
 from __future__ import annotations
@@ -17,35 +18,77 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from rankfold.errors import ArtifactError, PlanError
+from rankfold.files.state import check_fits, fill_, split, state_of
 from rankfold.network.copies import duplicate, unwrapped
 from rankfold.network.surgery import rebuilt
 from rankfold.pipeline import Result
-from rankfold.plan import Plan
+from rankfold.plan import KNOWN_PLAN, Plan
 
-PLAN, WEIGHTS, METRICS, TRACE = "plan.json", "model.safetensors", "metrics.json", "trace.json"
+PLAN, WEIGHTS, METRICS, TRACE, STATE = "plan.json", "model.safetensors", "metrics.json", "trace.json", "state.json"
+USAGE = "save(result, directory), save(model, plan, directory), or save(model, directory) for a model that was loaded"
 
 
+@overload
 def save(
-    result: Result,
+    saved: Result | nn.Module,
+    directory: str | Path,
+    /,
+    *,
+    source: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> Path: ...
+@overload
+def save(
+    saved: Result | nn.Module,
+    /,
+    *,
+    directory: str | Path,
+    source: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> Path: ...
+@overload
+def save(
+    saved: nn.Module,
+    /,
+    plan: Plan,
     directory: str | Path,
     *,
     source: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
+) -> Path: ...
+def save(
+    saved: object,
+    /,
+    plan: object = None,
+    directory: object = None,
+    *,
+    source: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes a result to `directory`, in place of an earlier one, and returns its path.
+    """Writes a compressed model to a directory, in place of an earlier one, and returns its path.
 
-    `source` says where the original network came from, `metrics` what else was measured; both must be JSON. Raises
-    ArtifactError, with everything as it was, where the directory holds something else or cannot be written.
+    It is a result of `compress`; or a model, however it was trained since, with its plan, which one that `load` gave
+    knows itself. Wrappers of several devices and of torch.compile are taken off. The errors in the plan stay those of
+    the compression.
+
+    `source` says where the original network came from (by default what the plan says), `metrics` what else was
+    measured; both must be JSON. Raises PlanError for a model that is not the plan's; ArtifactError, with everything as
+    it was, where the directory holds something else or cannot be written, or the model has state that is neither
+    tensors nor JSON.
     """
-    target = Path(directory).absolute()
+    result, path = _what_and_where(saved, plan, directory)
+    known = {name: value for name, value in result.plan.source.items() if name != "files"}
+    result = replace(result, plan=replace(result.plan, source=dict(known if source is None else source)))
+    state = state_of(result.model)
+    check_fits(state, result.plan)
+    target = path.absolute()
     check_target(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +97,7 @@ def save(
     except OSError as error:
         raise ArtifactError(f"cannot write to {target.parent}: {error.strerror}") from error
     try:
-        _write(partial, result, dict(source or {}), dict(metrics or {}))
+        _write(partial, result, state, dict(metrics or {}))
         _move_into_place(partial, target)
     except OSError as error:
         hint = "; free some space and save again" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
@@ -69,8 +112,8 @@ def save(
 def load(directory: str | Path, model: nn.Module) -> nn.Module:
     """The compressed model saved in `directory`, built on a copy of `model`, a freshly built original.
 
-    Bit-equal to what was saved; the skeleton's own weights do not matter. Raises ArtifactError for a directory that is
-    incomplete or altered, PlanError for a model that is not the plan's.
+    Bit-equal to what was saved; the skeleton's own weights do not matter. It knows its plan (`plan_of`). Raises
+    ArtifactError for a directory that is incomplete or altered, PlanError for a model that is not the plan's.
     """
     plan = load_plan(directory)
     path = Path(directory) / WEIGHTS
@@ -80,8 +123,20 @@ def load(directory: str | Path, model: nn.Module) -> nn.Module:
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); save it again") from error
     student = rebuilt(duplicate(unwrapped(model)), plan)
-    _fill_(student, tensors)
+    fill_(student, tensors, _read_json(directory, STATE, plan) or {})
+    setattr(student, KNOWN_PLAN, plan)
     return student.eval()
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan of a model that `load` gave, wrapped or trained since; raises PlanError for one that knows none."""
+    plan = getattr(unwrapped(model), KNOWN_PLAN, None)
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"the model ({type(unwrapped(model)).__name__}) knows no plan, as those from rankfold.load do; give it: "
+            "save(model, plan, directory)"
+        )
+    return plan
 
 
 def load_plan(directory: str | Path) -> Plan:
@@ -101,21 +156,12 @@ def load_plan(directory: str | Path) -> Plan:
 
 def load_metrics(directory: str | Path) -> dict[str, Any]:
     """The metrics saved in `directory`."""
-    path = Path(directory) / METRICS
-    _check_digest(path, load_plan(directory).source.get("files", {}).get(METRICS))
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+    return _read_json(directory, METRICS, load_plan(directory)) or {}
 
 
 def load_trace(directory: str | Path) -> dict[str, Any] | None:
     """The search's history saved in `directory`, as `Trace.as_dict` gives it; None where the search keeps none."""
-    expected = load_plan(directory).source.get("files", {}).get(TRACE)
-    if expected is None:
-        return None
-    path = Path(directory) / TRACE
-    _check_digest(path, expected)
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+    return _read_json(directory, TRACE, load_plan(directory))
 
 
 def check_target(directory: str | Path) -> None:
@@ -138,32 +184,47 @@ def digest(path: Path) -> str:
     return hasher.hexdigest()
 
 
-def _write(folder: Path, result: Result, source: dict[str, Any], metrics: dict[str, Any]) -> None:
+def _what_and_where(saved: object, plan: object, directory: object) -> tuple[Result, Path]:
+    """A result, and where it goes, from what `save` was called with."""
+    if plan is None:
+        plan, directory = directory, None
+    if isinstance(plan, Plan) and isinstance(directory, (str, Path)):
+        if isinstance(saved, nn.Module):
+            return Result(unwrapped(saved), plan, 0.0), Path(directory)
+        if isinstance(saved, Result):
+            raise ArtifactError(
+                "a result has its plan: save(result, directory), or save(result.model, plan, directory)"
+            )
+    if isinstance(plan, (str, Path)) and directory is None:
+        if isinstance(saved, nn.Module):
+            return Result(unwrapped(saved), plan_of(saved), 0.0), Path(plan)
+        if isinstance(saved, Result):
+            return replace(saved, model=unwrapped(saved.model)), Path(plan)
+    given = [one for one in (saved, plan, directory) if one is not None]
+    kinds = ", ".join(type(one).__name__ for one in given)
+    raise ArtifactError(f"save was given ({kinds}); it takes {USAGE}")
+
+
+def _write(folder: Path, result: Result, state: Mapping[str, Any], metrics: dict[str, Any]) -> None:
     """The files, flushed to the disk; the plan last, with the checksums of the others."""
-    tensors: dict[str, Tensor] = {}
-    seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
-    for name, tensor in result.model.state_dict().items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.numel() and key in seen:  # a tied tensor is stored under its first name
-            continue
-        seen.add(key)
-        tensors[name] = tensor.detach().cpu().contiguous().clone()
+    tensors, rest = split(state)
     save_file(tensors, folder / WEIGHTS)
     content = {
         "before": vars(result.before),
         "after": vars(result.after),
         "kept": result.after.kept(result.before),
-        "seconds": round(result.seconds, 3),
+        **({"seconds": round(result.seconds, 3)} if result.seconds else {}),
         "layers": {layer.name: layer.error for layer in result.plan.layers},
         **metrics,
     }
     (folder / METRICS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     others = [WEIGHTS, METRICS]
-    if result.trace is not None:
-        (folder / TRACE).write_text(json.dumps(result.trace.as_dict()) + "\n", encoding="utf-8")
-        others.append(TRACE)
+    for name, optional in ((TRACE, result.trace and result.trace.as_dict()), (STATE, rest)):
+        if optional:
+            (folder / name).write_text(json.dumps(optional) + "\n", encoding="utf-8")
+            others.append(name)
     files = {name: digest(folder / name) for name in others}
-    plan = replace(result.plan, source={**source, "files": files})
+    plan = replace(result.plan, source={**result.plan.source, "files": files})
     (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
     shutil.copymode(folder / PLAN, folder / WEIGHTS)  # safetensors makes files that only their owner can read
     for name in (*others, PLAN):
@@ -200,18 +261,12 @@ def _check_digest(path: Path, expected: str | None) -> None:
         raise ArtifactError(f"{path} was truncated or altered after it was saved: its checksum is not the plan's")
 
 
-def _fill_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Gives every parameter and buffer its saved values and dtype, in place; ties stay."""
-    state = model.state_dict(keep_vars=True)
-    unknown = sorted(set(tensors) - set(state))
-    filled = {id(state[name]) for name in tensors if name in state}
-    missing = sorted(name for name, tensor in state.items() if id(tensor) not in filled)
-    if unknown or missing:
-        names = ", ".join([*missing, *unknown][:5])
-        raise PlanError(f"the saved weights do not fit the model: {names}; build the model the plan was made for")
-    for name, tensor in tensors.items():
-        place = state[name]
-        if place.shape != tensor.shape:
-            raise PlanError(f"{name}: saved with shape {tuple(tensor.shape)}, the model has {tuple(place.shape)}")
-        device = torch.device("cpu") if place.is_meta else place.device
-        place.data = tensor.to(device)
+def _read_json(directory: str | Path, name: str, plan: Plan) -> dict[str, Any] | None:
+    """What a file that the plan lists holds, None where it lists none of this name."""
+    expected = plan.source.get("files", {}).get(name)
+    if expected is None and name != METRICS:
+        return None
+    path = Path(directory) / name
+    _check_digest(path, expected)
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content

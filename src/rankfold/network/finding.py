@@ -115,6 +115,8 @@ def _unfit(module: nn.Module) -> str:
         if base is None:
             return f"{own} is not a kind of layer that is decomposed"
         return f"the forward of this {own} is not that of {base.__name__}; it may compute something else"
+    if type(module).get_extra_state is not nn.Module.get_extra_state:
+        return "it keeps extra state beside its weight, which would be lost"
     if computes_weight(module) or not isinstance(module.weight, nn.Parameter):
         return "its weight is computed, not a parameter"
     if module.weight.dtype not in FLOATS:

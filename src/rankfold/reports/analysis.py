@@ -11,9 +11,11 @@ from torch import nn
 
 from rankfold.budget import Cost
 from rankfold.network.checks import check_model
+from rankfold.network.copies import unwrapped
 from rankfold.network.costs import cost_of
 from rankfold.network.finding import find_layers
 from rankfold.network.kinds import weight_of
+from rankfold.network.opening import opened
 from rankfold.network.passes import Inputs
 from rankfold.plan import LayerSpec
 from rankfold.planning import Decompositions, assign
@@ -42,6 +44,15 @@ class Analysis:
     layers: tuple[tuple[LayerSpec, Mapping[str, Saving | None]], ...]
     skipped: Mapping[str, str]
 
+    @property
+    def within_reach(self) -> dict[str, float]:
+        """The share of the network's parameters and MACs that is in layers that can be decomposed."""
+        dense = [layer.dense for layer, _ in self.layers]
+        return {
+            unit: sum(getattr(cost, unit) for cost in dense) / max(getattr(self.cost, unit), 1)
+            for unit in ("params", "macs")
+        }
+
     def as_dict(self) -> dict[str, Any]:
         """The analysis in JSON's types."""
         layers = [
@@ -58,7 +69,13 @@ class Analysis:
             }
             for layer, savings in self.layers
         ]
-        return {**vars(self.cost), "energy": ENERGY, "layers": layers, "skipped": dict(self.skipped)}
+        return {
+            **vars(self.cost),
+            "within_reach": self.within_reach,
+            "energy": ENERGY,
+            "layers": layers,
+            "skipped": dict(self.skipped),
+        }
 
 
 def analyze(
@@ -70,14 +87,22 @@ def analyze(
     exclude: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Analysis:
-    """Every layer of the model, its cost, and what each decomposition would save at nine tenths of its energy."""
+    """Every layer of the model, its cost, and what each decomposition would save at nine tenths of its energy.
+
+    A network without a layer to decompose has an analysis too: of its cost, and of the reasons.
+    """
+    model = unwrapped(model)
     check_model(model)
     cost = cost_of(model, example_inputs)
-    choices, layers = assign(find_layers(model, example_inputs, include=include, exclude=exclude), decomposition)
+    whole = opened(model, example_inputs)
+    layers = find_layers(whole.model, example_inputs, include=include, exclude=exclude, closed=whole.closed)
+    if not layers.found:
+        return Analysis(cost, (), layers.skipped)
+    choices, layers = assign(layers, decomposition)
     rows = []
     for done, layer in enumerate(layers.found):
         progress("measuring layers", done, len(layers.found))
-        weight = weight_of(model.get_submodule(layer.name))
+        weight = weight_of(whole.model.get_submodule(layer.name))
         curves = {name: measure_layer(layer, weight, (name,)) for name in choices[layer.name]}
         rows.append((layer, {name: _saving(curve) for name, curve in curves.items()}))
     progress("measuring layers", len(layers.found), len(layers.found))

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from rankfold.budget import UNITS, Cost
+from rankfold.reports.layout import Listing, grouped, shown_name
 
 if TYPE_CHECKING:
     from rankfold.files.export import Exported
@@ -50,11 +50,11 @@ def compression_dict(result: Result, out: Path) -> dict[str, Any]:
 
 def compression(result: Result, out: Path) -> RenderableType:
     """A compression as a table: layers, skipped layers, totals."""
-    table = _table("layer", "kind", "weight", "becomes", "ranks", ">MACs", ">kept", ">error %")
+    table = Listing("@layer", "?kind", "?weight", "becomes", "ranks", ">?MACs", ">kept", ">error %")
     for layer in result.plan.layers:
         kept = layer.after.macs / max(layer.before.macs, 1)
         table.add_row(
-            layer.name,
+            shown_name(layer.name),
             layer.kind,
             "×".join(map(str, layer.weight)),
             layer.decomposition or Text("dense", "dim"),
@@ -83,7 +83,7 @@ def calibration(settings: Mapping[str, Any]) -> str:
     if settings.get("metric") == "frobenius":
         return f"calibration: none, errors are those of the weights ({reason})"
     unseen = settings.get("frobenius_layers")
-    never = f"; never called on them, so by their weights: {', '.join(unseen)}" if unseen else ""
+    never = f"; never called on them, so by their weights: {', '.join(grouped(unseen))}" if unseen else ""
     inputs = f"{settings['calibration_samples']:,} {settings['calibration']}"
     return f"calibration: {inputs} ({reason}); fitted {settings['fitted']}{never}"
 
@@ -91,23 +91,32 @@ def calibration(settings: Mapping[str, Any]) -> str:
 def analysis(report: Analysis) -> RenderableType:
     """An analysis as a table: for each layer and decomposition the share of MACs that keeps nine tenths of it."""
     names = list(dict.fromkeys(name for _, savings in report.layers for name in savings))
-    table = _table("layer", "kind", "weight", ">params", ">MACs", *(f">{name}" for name in names))
+    table = Listing("@layer", "?kind", "?weight", ">?params", ">MACs", *(f">{name}" for name in names))
     for layer, savings in report.layers:
         cells = []
         for name in names:
             saving = savings.get(name)
             cells.append(f"{100 * saving.macs_kept:.0f} %" if saving else "–")
         shape = "×".join(map(str, layer.weight))
-        table.add_row(layer.name, layer.kind, shape, count(layer.dense.params), count(layer.dense.macs), *cells)
+        costs = (count(layer.dense.params), count(layer.dense.macs))
+        table.add_row(shown_name(layer.name), layer.kind, shape, *costs, *cells)
     whole = f"{count(report.cost.params)} parameters, {count(report.cost.macs)} MACs, {count(report.cost.bytes)}B"
+    shares = report.within_reach
+    reach = f"{100 * shares['params']:.1f} % of the parameters and {100 * shares['macs']:.1f} % of the MACs"
     legend = "columns on the right: share of the layer's MACs that keeps 90 % of its energy; –: none saves anything"
-    return Group(table, skipped(report.skipped), Text(f"whole network: {whole}"), Text(legend, "dim"))
+    return Group(
+        *([table] if report.layers else []),
+        skipped(report.skipped),
+        Text(f"whole network: {whole}"),
+        Text(f"within reach: {reach}, in {_layers(len(report.layers))} that can be decomposed"),
+        *([Text(legend, "dim")] if report.layers else []),
+    )
 
 
 def comparison(report: Comparison) -> RenderableType:
     """A comparison as a table with a ratio per row."""
     original, compressed = report.original, report.compressed
-    table = _table("", ">original", ">compressed", ">compressed / original")
+    table = Listing("", ">original", ">compressed", ">compressed / original")
     if original.accuracy and compressed.accuracy:
         for name in ("top1", "top5"):
             was, now = getattr(original.accuracy, name), getattr(compressed.accuracy, name)
@@ -125,7 +134,7 @@ def comparison(report: Comparison) -> RenderableType:
 
 def fine_tuning(found: FineTuning) -> RenderableType:
     """A fine-tuning as a table: a column for the original, the compressed and the fine-tuned network."""
-    table = _table("", ">original", ">compressed", ">fine-tuned")
+    table = Listing("", ">original", ">compressed", ">fine-tuned")
     for name, scores in (("held-out top-1 %", found.held_out), ("test top-1 %", found.test)):
         if scores:
             table.add_row(name, *(f"{score:.2f}" for score in scores))
@@ -156,7 +165,7 @@ def demo_row_dict(row: Row) -> dict[str, Any]:
 def demo(rows: Sequence[Row], seconds: float) -> RenderableType:
     """The demonstration as a table."""
     first = rows[0]
-    table = _table(">MACs asked", "decomposition", ">MACs kept", ">params kept", ">top-1 %", ">latency", ">seconds")
+    table = Listing(">MACs asked", "decomposition", ">MACs kept", ">params kept", ">top-1 %", ">latency", ">seconds")
     budget = first.budget
     for row in rows:
         if row.budget != budget:
@@ -181,19 +190,23 @@ def demo(rows: Sequence[Row], seconds: float) -> RenderableType:
 
 def totals(before: Cost, after: Cost) -> RenderableType:
     """Costs before and after as a small table."""
-    table = _table("", ">before", ">after", ">kept")
+    table = Listing("", ">before", ">after", ">kept")
     for unit, kept in after.kept(before).items():
         table.add_row(unit, f"{getattr(before, unit):,}", f"{getattr(after, unit):,}", f"{100 * kept:.2f} %")
     return table
 
 
 def skipped(reasons: Mapping[str, str]) -> RenderableType:
-    """The skipped layers, with reasons."""
+    """The skipped layers, those that differ in a number in one row, and a reason that several share told once."""
     if not reasons:
         return Text("no layer was skipped", "dim")
-    table = _table("skipped layer", "reason")
+    names: dict[str, list[str]] = {}
     for name, reason in reasons.items():
-        table.add_row(name or "(the model itself)", reason)
+        names.setdefault(reason, []).append(name)
+    table = Listing("@skipped layer", "~reason")
+    for reason, alike in names.items():
+        for k, label in enumerate(grouped(alike)):
+            table.add_row(label, reason if k == 0 else Text("″", "dim"))
     return table
 
 
@@ -207,14 +220,10 @@ def count(value: int) -> str:
     return f"{number:.3g} T"
 
 
+def _layers(number: int) -> str:
+    return f"{number} layer" if number == 1 else f"{number} layers"
+
+
 def _latencies(original: Side, compressed: Side) -> tuple[str, str, str]:
     ratio = compressed.latency_ms / original.latency_ms
     return f"{original.latency_ms:.2f}", f"{compressed.latency_ms:.2f}", f"{ratio:.3f}"
-
-
-def _table(*columns: str) -> Table:
-    """A plain table; a column whose name starts with > is set flush right."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in columns:
-        table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left")
-    return table

@@ -8,8 +8,9 @@ import importlib.util
 import math
 import pickle
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,23 +21,38 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rankfold.errors import ModelError, UnknownNameError, nearest
-from rankfold.sources import zoo
+from rankfold.sources import hugging_face, zoo
 from rankfold.sources.data import Normalisation
 
-FORMS = "zoo:NAME, timm:NAME, torchvision:NAME, hf:NAME, package.module:factory or path/to/file.py:factory"
+FORMS = "zoo:NAME, timm:NAME, torchvision:NAME, hf:NAME or hf:DIR, package.module:factory or path/to/file.py:factory"
 
 
 @dataclass(frozen=True)
 class Source:
     """A network built from a MODEL spec, with what is known of its inputs.
 
-    `vocabulary` is the number of tokens where inputs are token indices, and None where they are numbers.
+    `vocabulary` is the number of tokens where inputs are token indices, and None where they are numbers. `input_shape`
+    is None where it is unknown, or the network takes several inputs; `inputs` makes those. `note` is what there is to
+    say of its weights.
     """
 
     model: nn.Module
     input_shape: tuple[int, ...] | None
     normalisation: Normalisation | None
     vocabulary: int | None = None
+    inputs: Callable[[], Tensor | dict[str, Tensor]] | None = None
+    note: str = ""
+
+    def example_inputs(self) -> Tensor | dict[str, Tensor]:
+        """A batch of one that the network runs on, a dict of keyword arguments where it takes several inputs.
+
+        Raises ModelError where nothing says what they are.
+        """
+        if self.inputs:
+            return self.inputs()
+        if self.input_shape is None:
+            raise ModelError("the model does not say what inputs it takes; give their shape, for example 3,224,224")
+        return self.example(self.input_shape)
 
     def example(self, shape: tuple[int, ...]) -> Tensor:
         """A batch of one input of this shape: standard normal numbers from seed 0, or the first tokens in order."""
@@ -147,19 +163,18 @@ def _from_torchvision(name: str) -> Source:
 
 def _from_hf(name: str) -> Source:
     """A Hugging Face model by name or directory, its architecture from the configuration and its weights if any."""
-    transformers = _import("transformers", "hf")
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        kind = transformers.AutoModel
-        architecture = getattr(transformers, (config.architectures or [""])[0], None)
-        model = (architecture or kind).from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"hf:{name} cannot be loaded: {reason}") from error
-    vocabulary, side = getattr(config, "vocab_size", None), getattr(config, "image_size", None)
-    if vocabulary:
-        return Source(model, (min(128, getattr(config, "max_position_embeddings", 128)),), None, vocabulary)
-    return Source(model, (getattr(config, "num_channels", 3), side, side) if isinstance(side, int) else None, None)
+    model, note = hugging_face.load_model(_import("transformers", "hf"), name)
+    return _with_named_inputs(model, note)
+
+
+def _with_named_inputs(model: nn.Module, note: str = "") -> Source:
+    """A model whose inputs are made from its configuration; their shape is known where it is one alone."""
+    inputs = partial(hugging_face.example_inputs, model)
+    made = inputs()
+    alone = made if isinstance(made, Tensor) else next(iter(made.values())) if len(made) == 1 else None
+    shape = tuple(alone.shape[1:]) if alone is not None else None
+    tokens = alone is not None and not alone.is_floating_point()
+    return Source(model, shape, None, hugging_face.vocabulary_of(model) if tokens else None, inputs, note)
 
 
 def _from_factory(module: str, name: str) -> Source:
@@ -174,6 +189,8 @@ def _from_factory(module: str, name: str) -> Source:
         raise ModelError(f"{module}:{name}() failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{module}:{name}() returned {type(model).__name__}, not a torch.nn.Module")
+    if hugging_face.takes_named_inputs(model):
+        return _with_named_inputs(model)
     return Source(model, *_configured(model))
 
 
