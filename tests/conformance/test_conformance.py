@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import warnings
 from typing import Any
@@ -39,6 +40,7 @@ each_name = pytest.mark.parametrize("name", NAMES)
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 
 
+@functools.cache
 def middle_ranks(case: Case, name: str) -> tuple[int, ...]:
     """Ranks between one and the largest, lowered until none is of no use beside the others."""
     shape = shape_of(case.module)
@@ -51,12 +53,19 @@ def middle_ranks(case: Case, name: str) -> tuple[int, ...]:
     return tuple(ranks)
 
 
-def replaced(module: nn.Module, name: str, ranks: tuple[int, ...]) -> tuple[Factorised, torch.Tensor]:
-    """The factorised layer, and the weight its factors stand for."""
-    shape = shape_of(module)
+@functools.cache
+def fitted(case: Case, name: str) -> tuple[torch.Tensor, ...]:
+    """Factors of a case's layer at middle ranks."""
+    return fit(name, weight_of(case.module), shape_of(case.module), middle_ranks(case, name), sweeps=2)
+
+
+def replaced(case: Case, name: str, dtype: torch.dtype = torch.float32) -> tuple[Factorised, torch.Tensor]:
+    """The factorised layer at middle ranks, and the weight its factors stand for."""
+    module = copy.deepcopy(case.module).to(dtype)
+    shape, factors = shape_of(module), tuple(factor.clone() for factor in fitted(case, name))
     wiring = wiring_of(name, shape)
-    factors = fit(name, weight_of(module), shape, ranks, sweeps=2)
-    return factorised(module, wiring, ranks, stage_weights(module, wiring, factors)), reconstruct(wiring, factors)
+    stages = factorised(module, wiring, middle_ranks(case, name), stage_weights(module, wiring, factors))
+    return stages, reconstruct(wiring, factors)
 
 
 def dense(module: nn.Module, weight: torch.Tensor) -> nn.Module:
@@ -85,7 +94,7 @@ def test_full_rank_is_exact(case: Case, name: str):
 @each_name
 def test_factorised_layer_equals_dense_layer_with_reconstructed_weight(case: Case, name: str):
     module = copy.deepcopy(case.module).double()
-    stages, weight = replaced(module, name, middle_ranks(case, name))
+    stages, weight = replaced(case, name, torch.float64)
     given = case.arguments(torch.float64)
     torch.testing.assert_close(stages(*given), dense(module, weight)(*given), rtol=1e-9, atol=1e-9)
 
@@ -96,7 +105,7 @@ def test_stages_give_back_the_factors_they_were_made_from(case: Case, name: str)
     module, ranks = case.module, middle_ranks(case, name)
     shape = shape_of(module)
     wiring = wiring_of(name, shape)
-    factors = fit(name, weight_of(module), shape, ranks, sweeps=0)
+    factors = tuple(factor.clone() for factor in fitted(case, name))
     stages = factorised(module, wiring, ranks, stage_weights(module, wiring, factors))
     for found, factor in zip(stage_factors(stages, module, wiring, ranks), factors, strict=True):
         assert torch.equal(found, factor.float())
@@ -113,7 +122,7 @@ def test_scaled_gradients_of_stages_are_projections_of_the_weight_s(
     monkeypatch.setattr(geometry, "RIDGE", 1e-11)
     module, ranks = copy.deepcopy(case.module).double(), middle_ranks(case, name)
     shape, kind, size = shape_of(module), type(module).__name__, tuple(module.weight.shape)
-    wiring, (stages, weight) = wiring_of(name, shape), replaced(module, name, ranks)
+    wiring, (stages, weight) = wiring_of(name, shape), replaced(case, name, torch.float64)
     twin, given = dense(module, weight), case.arguments(torch.float64)
     for one in (stages, twin):
         output = one(*given)
@@ -137,7 +146,7 @@ def test_scaled_gradients_of_stages_are_projections_of_the_weight_s(
 @each_name
 def test_predicted_cost_is_the_measured_one(case: Case, name: str):
     ranks = middle_ranks(case, name)
-    stages, _ = replaced(case.module, name, ranks)
+    stages, _ = replaced(case, name)
     spec = find_layers(copy.deepcopy(case.module), case.arguments()).found[0]
     wiring = wiring_of(name, spec.shape)
     bias = getattr(case.module, "bias", None)
@@ -211,7 +220,7 @@ OWN = {nn.Embedding: {TransposedLinear}, Stack: {FactorBlocks}}
 @each_case
 @each_name
 def test_stages_are_stock_modules_but_for_those_of_lookups_and_stacks(case: Case, name: str):
-    stages, _ = replaced(case.module, name, middle_ranks(case, name))
+    stages, _ = replaced(case, name)
     own = {type(stage) for stage in stages if not type(stage).__module__.startswith("torch.nn.")}
     assert own == OWN.get(type(case.module), set())
 
@@ -219,13 +228,13 @@ def test_stages_are_stock_modules_but_for_those_of_lookups_and_stacks(case: Case
 @each_case
 @each_name
 def test_a_stand_in_answers_as_the_layer_it_replaces(case: Case, name: str):
-    module = copy.deepcopy(case.module).eval()
-    stages, weight = replaced(module, name, middle_ranks(case, name))
+    module, (stages, weight) = case.module, replaced(case, name)
     attributes = {key: value for key, value in vars(module).items() if not key.startswith("_")}
     assert attributes.keys() >= {"training"}
     for key, value in attributes.items():
         assert getattr(stages, key) == value, key
-    assert stages.bias is getattr(module, "bias", None)
+    bias = getattr(module, "bias", None)
+    assert stages.bias is None if bias is None else torch.equal(stages.bias, bias)
     found, wanted = stages.weight, dense(module, weight).weight
     assert (found.shape, found.dtype, found.device) == (wanted.shape, wanted.dtype, wanted.device)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
@@ -234,9 +243,8 @@ def test_a_stand_in_answers_as_the_layer_it_replaces(case: Case, name: str):
 @each_case
 @each_name
 def test_the_weight_of_a_stand_in_is_differentiable_in_every_factor(case: Case, name: str):
-    module = copy.deepcopy(case.module).double()
-    stages, _ = replaced(module, name, middle_ranks(case, name))
-    direction = torch.randn(module.weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    stages, _ = replaced(case, name, torch.float64)
+    direction = torch.randn(case.module.weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     first, step = weights_of_stages(stages)[0], 1e-6
     (stages.weight * direction).sum().backward()
     assert all(bool(one.grad.abs().max() > 0) for one in weights_of_stages(stages))
@@ -250,20 +258,18 @@ def test_the_weight_of_a_stand_in_is_differentiable_in_every_factor(case: Case, 
 @each_case
 @each_name
 def test_state_of_a_stand_in_is_that_of_a_plain_sequence_of_its_stages(case: Case, name: str):
-    stages, _ = replaced(case.module, name, middle_ranks(case, name))
+    stages, _ = replaced(case, name)
     plain = nn.Sequential(*stages.children())
     own, other = stages.state_dict(keep_vars=True), plain.state_dict(keep_vars=True)
     assert list(own) == list(other)
     assert all(own[key] is other[key] for key in own)
-    assert [key.split(".")[1] for key in own] == ["weight", "bias"][: len(own)] or all(
-        key.split(".")[1] in {"weight", "bias"} for key in own
-    )
+    assert {key.split(".")[1] for key in own} <= {"weight", "bias"}
 
 
 @each_case
 @each_name
 def test_a_plain_form_has_no_class_of_this_package_but_for_lookups_and_stacks(case: Case, name: str):
-    stages, _ = replaced(case.module, name, middle_ranks(case, name))
+    stages, _ = replaced(case, name)
     holder = nn.ModuleDict({"layer": stages})
     before = {key: value.clone() for key, value in holder.state_dict().items()}
     outputs = stages(*case.arguments())
@@ -275,14 +281,14 @@ def test_a_plain_form_has_no_class_of_this_package_but_for_lookups_and_stacks(ca
     assert torch.equal(plain["layer"](*case.arguments()), outputs)
     assert list(plain.state_dict()) == list(before)
     assert all(torch.equal(plain.state_dict()[key], value) for key, value in before.items())
-    root = as_plain(replaced(case.module, name, middle_ranks(case, name))[0])
+    root = as_plain(replaced(case, name)[0])
     assert torch.equal(root(*case.arguments()), outputs)
 
 
 @each_case
 @each_name
 def test_copies_and_pickles_of_a_stand_in_are_stand_ins_of_their_own(case: Case, name: str):
-    stages, _ = replaced(case.module, name, middle_ranks(case, name))
+    stages, _ = replaced(case, name)
     outputs, weight = stages(*case.arguments()), stages.weight.detach().clone()
     file = io.BytesIO()
     torch.save(stages, file)
@@ -297,6 +303,7 @@ def test_copies_and_pickles_of_a_stand_in_are_stand_ins_of_their_own(case: Case,
 
 
 def exported(stages: nn.Module, given: tuple[Any, ...]) -> nn.Module:
+    """The exported program, as a module."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.export.export(stages, given).module()
@@ -305,7 +312,7 @@ def exported(stages: nn.Module, given: tuple[Any, ...]) -> nn.Module:
 @each_case
 def test_stand_ins_can_be_exported(case: Case):
     name = "ring" if shape_of(case.module).kernel else "svd"  # a ring has the most parts: it moves a bond
-    stages, _ = replaced(case.module, name, middle_ranks(case, name))
+    stages, _ = replaced(case, name)
     stages.eval()
     program = exported(stages, case.arguments())
     torch.testing.assert_close(program(*case.arguments()), stages(*case.arguments()))
@@ -316,9 +323,19 @@ def test_a_stand_in_keeps_the_hooks_and_the_mode_of_its_layer(case: Case):
     module, seen = copy.deepcopy(case.module), []
     module.register_forward_pre_hook(lambda one, args: seen.append("before"))
     module.register_forward_hook(lambda one, args, output: seen.append("after"))
+    wiring, ranks = wiring_of("svd", shape_of(module)), middle_ranks(case, "svd")
     for mode in (True, False):
-        stages, _ = replaced(module.train(mode), "svd", middle_ranks(case, "svd"))
+        weights = stage_weights(module, wiring, fitted(case, "svd"))
+        stages = factorised(module.train(mode), wiring, ranks, weights)
         assert all(one.training is mode for one in stages.modules())
         seen.clear()
         stages(*case.arguments())
         assert seen == ["before", "after"]
+
+
+def test_a_stand_in_shares_the_bias_of_its_layer():
+    for case in CASES:
+        wiring = wiring_of("svd", shape_of(case.module))
+        weights = stage_weights(case.module, wiring, fitted(case, "svd"))
+        stages = factorised(case.module, wiring, middle_ranks(case, "svd"), weights)
+        assert stages.bias is getattr(case.module, "bias", None)
