@@ -45,13 +45,6 @@ def _cases() -> list[Case]:
     torch.manual_seed(0)
     return [
         Case("linear", nn.Linear(12, 9), (2, 5, 12)),
-        Case("linear-vector", nn.Linear(9, 12), (9,)),
-        Case("linear-transposed", _transposed_linear(12, 9), (2, 5, 12)),
-        Case("embedding", nn.Embedding(15, 10), (2, 7)),
-        Case("embedding-padded", nn.Embedding(8, 11, padding_idx=2), (3, 6)),
-        Case("stack-of-rows", Stack(nn.Parameter(torch.randn(3, 9, 12)), by_rows=True), (5, 12), matrix=1),
-        Case("stack-of-columns", Stack(nn.Parameter(torch.randn(4, 12, 9)), by_rows=False), (2, 5, 12), matrix=3),
-        Case("stack-square", Stack(nn.Parameter(torch.randn(2, 10, 10)), by_rows=False), (4, 10), matrix=0),
         Case("conv1d", nn.Conv1d(6, 8, 5, stride=2, padding=2, bias=False), (2, 6, 11)),
         Case("conv1d-same-even", nn.Conv1d(5, 6, 4, padding="same"), (2, 5, 9)),
         Case("conv2d", nn.Conv2d(6, 8, 3, padding=1), (2, 6, 7, 6)),
@@ -74,6 +67,13 @@ def _cases() -> list[Case]:
         Case("transposed2d-flat", nn.ConvTranspose2d(6, 5, (1, 3), stride=(2, 1), bias=False), (1, 6, 4, 5)),
         Case("transposed2d-grouped", nn.ConvTranspose2d(8, 6, 3, stride=2, groups=2, dilation=2), (1, 8, 5, 5)),
         Case("transposed3d", nn.ConvTranspose3d(4, 5, (2, 3, 3), stride=(2, 1, 1), padding=(0, 1, 1)), (1, 4, 3, 4, 4)),
+        Case("linear-vector", nn.Linear(9, 12), (9,)),
+        Case("linear-transposed", _transposed_linear(12, 9), (2, 5, 12)),
+        Case("embedding", nn.Embedding(15, 10), (2, 7)),
+        Case("embedding-padded", nn.Embedding(8, 11, padding_idx=2), (3, 6)),
+        Case("stack-of-rows", Stack(nn.Parameter(torch.randn(3, 9, 12)), by_rows=True), (5, 12), matrix=1),
+        Case("stack-of-columns", Stack(nn.Parameter(torch.randn(4, 12, 9)), by_rows=False), (2, 5, 12), matrix=3),
+        Case("stack-square", Stack(nn.Parameter(torch.randn(2, 10, 10)), by_rows=False), (4, 10), matrix=0),
     ]
 
 
