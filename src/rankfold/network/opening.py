@@ -65,8 +65,16 @@ def opened(model: nn.Module, inputs: Inputs) -> Opened:
 def open_(model: nn.Module, openings: Mapping[str, Opening]) -> nn.Module:
     """The model with some modules opened, in place; returns the root."""
     for name, opening in openings.items():
-        model = replaced(model, name, FORMS[opening["form"]](model, name, opening))
+        places, made = _places(model, name), FORMS[opening["form"]](model, name, opening)
+        for place in places:
+            model = replaced(model, place, made)
     return model
+
+
+def _places(model: nn.Module, name: str) -> list[str]:
+    """Every name of the module at a name; that name alone where a parameter is there."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return [other for other, module in modules.items() if module is modules[name]] if name in modules else [name]
 
 
 def within(openings: Mapping[str, Opening], names: Iterable[str]) -> dict[str, Opening]:
