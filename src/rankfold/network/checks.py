@@ -9,11 +9,11 @@ from torch import nn
 
 from rankfold.errors import ModelError
 from rankfold.network.copies import duplicate
-from rankfold.network.hooks import attached
 from rankfold.network.passes import Inputs, run
-from rankfold.network.tracing import holds_statistics
+from rankfold.network.tracing import Readings, holds_statistics
 
 
+@torch.no_grad()
 def check_model(model: nn.Module) -> None:
     """Raises ModelError for what is no network that can be worked on, or one with weights missing or not finite.
 
@@ -48,11 +48,9 @@ def check_copies(model: nn.Module, inputs: Inputs) -> None:
     patched = [name or "the model" for name, module in model.named_modules() if "forward" in vars(module)]
     if not patched:
         return
-    copied, called = duplicate(model), []
-    original: list[nn.Module] = []
-    hooks = [module.register_forward_hook(lambda m, *_: called.append(m)) for module in copied.modules()]
-    hooks += [module.register_forward_hook(lambda m, *_: original.append(m)) for module in model.modules()]
-    with attached(hooks):
+    copied, kept = duplicate(model), {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    original: list[int] = []
+    with Readings(lambda tensor: original.append(id(tensor)) if id(tensor) in kept else None):
         run(copied, inputs)
     if original:
         raise ModelError(

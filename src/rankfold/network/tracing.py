@@ -145,11 +145,11 @@ def _operators(model: nn.Module, read: Callable[[Tensor, Sequence[nn.Module]], N
     for module in model.modules():
         hooks.append(module.register_forward_pre_hook(enter))
         hooks.append(module.register_forward_hook(leave, always_call=True))
-    with attached(hooks), _Readings(lambda tensor: read(tensor, running)):
+    with attached(hooks), Readings(lambda tensor: read(tensor, running)):
         yield
 
 
-class _Readings(TorchDispatchMode):
+class Readings(TorchDispatchMode):
     """Calls a function with every tensor that an operator takes."""
 
     def __init__(self, read: Callable[[Tensor], None]) -> None:
