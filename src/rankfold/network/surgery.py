@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rankfold.decompositions import Factors, fit, metric_error, wiring_of
 from rankfold.decompositions.metric import IDENTITY, Moment
 from rankfold.errors import PlanError
-from rankfold.network.copies import duplicate, replaced, sharing
+from rankfold.network.copies import duplicate, needs_copy, replaced, sharing
 from rankfold.network.kinds import factorised, kind_of, shape_of, stage_weights, weight_of
 from rankfold.network.layouts import empty_factors
 from rankfold.network.opening import open_
@@ -77,9 +77,9 @@ def rebuilt(model: nn.Module, plan: Plan) -> nn.Module:
 def opened_for(model: nn.Module, plan: Plan) -> nn.Module:
     """The original with the modules opened that a plan opens, so that the plan's layers are found in it.
 
-    It shares its tensors with the model, which is left as it is.
+    It shares its tensors with the model, which is left as it is, but for those made under inference mode.
     """
-    return open_(sharing(model), plan.opened) if plan.opened else model
+    return open_((duplicate if needs_copy(model) else sharing)(model), plan.opened) if plan.opened else model
 
 
 def swapped(model: nn.Module, layer: LayerPlan, factors: tuple[Tensor, ...]) -> nn.Module:
