@@ -146,6 +146,17 @@ def test_include_and_exclude(small_cnn: nn.Module, image: torch.Tensor):
     assert result.plan.skipped == {"0": "excluded", "5": "not included"}
 
 
+def test_what_shares_an_included_layer_s_weight_is_included_and_what_an_excluded_one_s_stays():
+    torch.manual_seed(0)
+    model, tokens = Tied().eval(), torch.arange(6)[None]
+    found = find_layers(model, tokens, include=["first", "embed"]).found
+    assert {layer.name: layer.aliases for layer in found} == {"embed": ("head",), "first": ("second",)}
+    layers = find_layers(model, tokens, exclude=["second", "shared"])
+    assert {layer.name for layer in layers.found} == {"embed"}
+    assert layers.skipped["shared"] == layers.skipped["second"] == "excluded"
+    assert "tied to second" in layers.skipped["first"]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_name_the_layer(value: float, small_cnn: nn.Module, image: torch.Tensor):
     small_cnn[2].weight.data[0, 0] = value

@@ -44,9 +44,9 @@ def find_layers(
 ) -> Layers:
     """Every layer that can be decomposed, with the calls it serves, and the reason for every one that cannot.
 
-    `include` and `exclude` are glob patterns over qualified names; a name also matches the modules inside it. `closed`
-    are reasons that are known of some modules. Raises UnknownNameError for a pattern that matches no weight-carrying
-    layer.
+    `include` and `exclude` are glob patterns over qualified names; a name also matches the modules inside it, and what
+    is included is so with all layers that share its weight. `closed` are reasons that are known of some modules. Raises
+    UnknownNameError for a pattern that matches no weight-carrying layer.
     """
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -59,14 +59,22 @@ def find_layers(
                 raise UnknownNameError(label, pattern, everything)
 
     skipped: dict[str, str] = {}
-    candidates: list[nn.Module] = []
+    sound: list[nn.Module] = []
     for module, module_names in carriers.items():
-        known = (closed or {}).get(module_names[0])
-        reason = known or _unfit(module) or _unwanted(module_names, include, exclude)
+        reason = (closed or {}).get(module_names[0]) or _unfit(module)
         if reason:
             skipped[module_names[0]] = reason
         else:
-            candidates.append(module)
+            sound.append(module)
+    candidates: list[nn.Module] = []
+    for group in _tied(sound):
+        group_names = [name for module in group for name in carriers[module]]
+        for module in group:
+            reason = _unwanted(carriers[module], group_names, include, exclude)
+            if reason:
+                skipped[carriers[module][0]] = reason
+            else:
+                candidates.append(module)
     seen = uses(model, inputs, candidates)
     found = []
     for group in _tied(candidates):
@@ -126,10 +134,11 @@ def _unfit(module: nn.Module) -> str:
     return ""
 
 
-def _unwanted(names: Sequence[str], include: Sequence[str] | None, exclude: Sequence[str]) -> str:
+def _unwanted(names: Sequence[str], tied: Sequence[str], include: Sequence[str] | None, exclude: Sequence[str]) -> str:
+    """Why a user does not want a layer decomposed; one that is tied to an included layer is included with it."""
     if any(matches(name, pattern) for name in names for pattern in exclude):
         return "excluded"
-    if include is not None and not any(matches(name, pattern) for name in names for pattern in include):
+    if include is not None and not any(matches(name, pattern) for name in tied for pattern in include):
         return "not included"
     return ""
 
