@@ -81,7 +81,9 @@ def test_attention_is_that_of_torch(
 ):
     options = {"bias": bias, "add_bias_kv": add_bias_kv, "add_zero_attn": add_zero_attn, "batch_first": batch_first}
     module = shuffled_(nn.MultiheadAttention(EMBED, HEADS, **options, **sizes))
-    crossed = [random_(BATCH, n, e, seed=n + e) for n, e in ((QUERIES, EMBED), (KEYS, module.kdim), (KEYS, module.vdim))]
+    crossed = [
+        random_(BATCH, n, e, seed=n + e) for n, e in ((QUERIES, EMBED), (KEYS, module.kdim), (KEYS, module.vdim))
+    ]
     calls: list[tuple[list[Tensor], int | None]] = [(crossed, BATCH), ([one[0] for one in crossed], None)]
     if not sizes:
         x = random_(BATCH, KEYS, EMBED)
@@ -230,7 +232,16 @@ def test_recurrent_layers_have_the_attributes_and_the_gradients_of_torch_s(kind:
     stand_in, x = Recurrent(copy.deepcopy(module)), random_(STEPS, BATCH, INPUTS)
     for name, parameter in module.named_parameters():
         assert torch.equal(getattr(stand_in, name), parameter)
-    for name in ("mode", "input_size", "hidden_size", "num_layers", "bias", "batch_first", "bidirectional", "proj_size"):
+    for name in (
+        "mode",
+        "input_size",
+        "hidden_size",
+        "num_layers",
+        "bias",
+        "batch_first",
+        "bidirectional",
+        "proj_size",
+    ):
         assert getattr(stand_in, name) == getattr(module, name)
     with pytest.raises(AttributeError):
         stand_in.weight_ih  # noqa: B018
