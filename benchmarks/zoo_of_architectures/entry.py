@@ -13,16 +13,13 @@ from torch import Tensor, nn
 Built = tuple[nn.Module, Any]
 """A network, and example inputs: a tensor, a tuple of positional or a dict of keyword arguments."""
 
-PACKAGES = {"segmentation_models_pytorch": "segmentation-models-pytorch"}
-"""What a library is called where it is installed from, if not what it is imported as."""
-
 
 @dataclass(frozen=True)
 class Architecture:
     """A small network of a real library's classes, of random weights.
 
     `library` is the package whose classes it is made of, as imported. `tested` marks the quick ones that the tests
-    compress; `ragged` those whose outputs' sizes depend on their values, `random` those that draw numbers in a pass.
+    compress, `ragged` those whose outputs' sizes depend on their values.
     """
 
     name: str
@@ -31,7 +28,6 @@ class Architecture:
     make: Callable[[], Built]
     tested: bool = False
     ragged: bool = False
-    random: bool = False
 
     def build(self, seed: int = 0) -> Built:
         """The network in evaluation mode, with the weights of a seed, and its example inputs, the same for all seeds.
@@ -46,11 +42,6 @@ class Architecture:
                 if (parameter == parameter.flatten()[0]).all():
                     parameter.add_(0.05 * torch.randn_like(parameter))
         return model.eval(), inputs
-
-    @property
-    def package(self) -> str:
-        """What to install for it."""
-        return PACKAGES.get(self.library, self.library)
 
 
 def called(path: str, inputs: Callable[[], Any], *args: Any, **settings: Any) -> Callable[[], Built]:

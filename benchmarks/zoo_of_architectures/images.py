@@ -50,10 +50,8 @@ def metaformer(early: str, late: str) -> Any:
         from timm.models import metaformer as metaformers
 
         mixers = [getattr(metaformers, mixer) for mixer in (early, early, late, late)]
-        norms = [
-            metaformers.LayerNormNoBias if mixer is metaformers.Attention else metaformers.LayerNorm2dNoBias
-            for mixer in mixers
-        ]
+        flat, spatial = metaformers.LayerNormNoBias, metaformers.LayerNorm2dNoBias
+        norms: Any = [flat if mixer is metaformers.Attention else spatial for mixer in mixers]
         network = metaformers.MetaFormer(
             num_classes=10, depths=(1, 1, 1, 1), dims=(32, 64, 128, 256), token_mixers=mixers, norm_layers=norms
         )
@@ -150,6 +148,6 @@ CLASSIFIERS = (
         "BeitModel", PIXELS, **SMALL_VISION, use_relative_position_bias=True)),
     Architecture("vit_mae", "MAE", "transformers", configured(
         "ViTMAEForPreTraining", PIXELS, **SMALL_VISION, decoder_hidden_size=64, decoder_num_hidden_layers=1,
-        decoder_num_attention_heads=4, decoder_intermediate_size=128), random=True),
+        decoder_num_attention_heads=4, decoder_intermediate_size=128)),
 )  # fmt: skip
 """Classifiers and encoders of images."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from torch import nn, tensor
@@ -102,29 +103,29 @@ def video_resnet(convolution: str, stem: str) -> Any:
 
 def detr() -> Built:
     """DETR on a small ResNet of transformers."""
-    from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
-
-    backbone = ResNetConfig(
+    transformers = import_module("transformers")
+    backbone = transformers.ResNetConfig(
         embedding_size=32, hidden_sizes=[32, 64, 96, 128], depths=[1, 1, 1, 1], layer_type="basic",
         out_features=["stage4"],
     )  # fmt: skip
-    settings = DetrConfig(
+    settings = transformers.DetrConfig(
         backbone_config=backbone, use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, d_model=64,
         encoder_layers=2, decoder_layers=2, encoder_ffn_dim=128, decoder_ffn_dim=128, encoder_attention_heads=4,
         decoder_attention_heads=4, num_queries=10,
     )  # fmt: skip
-    return DetrForObjectDetection(settings), {"pixel_values": noise(1, 3, 64, 64)}
+    return transformers.DetrForObjectDetection(settings), {"pixel_values": noise(1, 3, 64, 64)}
 
 
 def upernet() -> Built:
     """UperNet on a small ConvNeXt of transformers."""
-    from transformers import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation
-
-    backbone = ConvNextConfig(
+    transformers = import_module("transformers")
+    backbone = transformers.ConvNextConfig(
         hidden_sizes=[32, 64, 96, 128], depths=[1, 1, 1, 1], out_features=["stage1", "stage2", "stage3", "stage4"]
     )
-    settings = UperNetConfig(backbone_config=backbone, hidden_size=64, auxiliary_in_channels=96, num_labels=4)
-    return UperNetForSemanticSegmentation(settings), {"pixel_values": noise(1, 3, 64, 64)}
+    settings = transformers.UperNetConfig(
+        backbone_config=backbone, hidden_size=64, auxiliary_in_channels=96, num_labels=4
+    )
+    return transformers.UperNetForSemanticSegmentation(settings), {"pixel_values": noise(1, 3, 64, 64)}
 
 
 def denoiser() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from zoo_of_architectures.entry import (
 class Tagger(nn.Module):
     """Tags of a sentence by a recurrent network over both directions."""
 
-    def __init__(self, recurrent: type[nn.RNNBase], **settings: Any) -> None:
+    def __init__(self, recurrent: Callable[..., nn.Module], **settings: Any) -> None:
         super().__init__()
         self.embedding = nn.Embedding(512, 128)
         self.recurrent = recurrent(128, 128, num_layers=2, batch_first=True, bidirectional=True, **settings)
@@ -94,30 +95,32 @@ def heard(*sizes: int) -> Callable[[], dict[str, Tensor]]:
 
 def llava() -> Built:
     """LLaVA of a small CLIP and a small Llama."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    settings = LlavaConfig(
-        vision_config=CLIPVisionConfig(**WIDE, image_size=32, patch_size=8),
-        text_config=LlamaConfig(**DECODER, use_cache=False),
+    transformers = import_module("transformers")
+    settings = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**WIDE, image_size=32, patch_size=8),
+        text_config=transformers.LlamaConfig(**DECODER, use_cache=False),
         image_token_id=3,
         vision_feature_layer=-1,
     )
     sentence = torch.cat([torch.full((1, 16), 3), words()], dim=1)
-    return LlavaForConditionalGeneration(settings), {"input_ids": sentence, "pixel_values": noise(1, 3, 32, 32)}
+    return transformers.LlavaForConditionalGeneration(settings), {
+        "input_ids": sentence,
+        "pixel_values": noise(1, 3, 32, 32),
+    }
 
 
-WIDE = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
+WIDE: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
 SIZES = {**WIDE, "vocab_size": 512}
 ENCODER = {**SIZES, "max_position_embeddings": 64}
 DECODER = {**ENCODER, "num_key_value_heads": 2, "pad_token_id": 0}
 HEADS = {**DECODER, "head_dim": 32}
 EXPERTS = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
-T5 = {"vocab_size": 512, "d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4}
-BART = {
+T5: dict[str, Any] = {"vocab_size": 512, "d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4}
+BART: dict[str, Any] = {
     "vocab_size": 512, "d_model": 128, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 256, "decoder_ffn_dim": 256,
 }  # fmt: skip
-SPEECH = {
+SPEECH: dict[str, Any] = {
     **WIDE, "conv_dim": (64, 64, 64), "conv_kernel": (10, 3, 3), "conv_stride": (5, 2, 2),
     "num_feat_extract_layers": 3, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4,
 }  # fmt: skip
@@ -241,15 +244,14 @@ SOUND = (
         "VitsModel", tokens, vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, ffn_dim=128,
         flow_size=64, spectrogram_bins=65, upsample_initial_channel=64, prior_encoder_num_flows=2,
         posterior_encoder_num_wavenet_layers=2, prior_encoder_num_wavenet_layers=2,
-        duration_predictor_filter_channels=64), ragged=True, random=True),
+        duration_predictor_filter_channels=64), ragged=True),
     Architecture("hifigan", "HiFi-GAN", "transformers", configured(
         "SpeechT5HifiGan", named("spectrogram", lambda: noise(20, 80)), upsample_initial_channel=128)),
     Architecture("speecht5", "SpeechT5", "transformers", configured(
         "SpeechT5ForTextToSpeech", spoken, vocab_size=512, hidden_size=128, encoder_layers=2, decoder_layers=2,
         encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=256, decoder_ffn_dim=256,
         speech_decoder_prenet_units=64, speech_decoder_postnet_units=64,
-        use_cache=False),
-        random=True),
+        use_cache=False)),
 )  # fmt: skip
 """Speech and sound."""
 
@@ -261,7 +263,7 @@ TOGETHER = (
     Architecture("clip", "CLIP", "transformers", configured("CLIPModel", both, **TWO_TOWERS, projection_dim=64)),
     Architecture("siglip", "SigLIP", "transformers", configured("SiglipModel", both, **TWO_TOWERS)),
     Architecture("vilt", "ViLT", "transformers", configured(
-        "ViltModel", both, **ENCODER, image_size=32, patch_size=8), random=True),
+        "ViltModel", both, **ENCODER, image_size=32, patch_size=8)),
     Architecture("llava", "LLaVA", "transformers", llava),
     Architecture("perceiver", "Perceiver", "transformers", configured(
         "PerceiverModel", named("inputs", lambda: noise(1, 16, 64)), d_model=64, d_latents=128, num_latents=16,
