@@ -1,6 +1,6 @@
 """What becomes of the small networks of every architecture: compressed, run, saved, loaded and exported, a row each.
 
-    python benchmarks/architectures.py [NAME ...] [--out FILE]
+    python benchmarks/architectures.py [NAME ...] [--out FILE] [--limit SECONDS]
 
 Each is compressed to 70 % of its parameters, or to the least of 80, 90 and 95 % that it can be. The result has to give
 outputs of the original's structure and sizes; to give the same bits when it is loaded by another process, onto weights
@@ -34,9 +34,6 @@ from zoo_of_architectures import ARCHITECTURES, Architecture
 from rankfold import Budget, BudgetError, Plan, Result, compress, load, save
 from rankfold.network.passes import arguments_of, run
 
-LIMIT = 120
-"""Seconds for a stage of an architecture."""
-
 FRACTIONS = (0.7, 0.8, 0.9, 0.95)
 """The budgets to try, of the parameters, in turn."""
 
@@ -52,6 +49,7 @@ def main() -> None:
     made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     made.add_argument("names", nargs="*", metavar="NAME", help="architectures to try, instead of all")
     made.add_argument("--out", type=Path, help="file for the records")
+    made.add_argument("--limit", type=float, default=120, metavar="SECONDS", help="for a stage of an architecture")
     made.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     made.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = made.parse_args()
@@ -62,7 +60,7 @@ def main() -> None:
         sys.exit(stage(arguments.stage, ARCHITECTURES[arguments.names[0]], arguments.folder))
     records = []
     for name in arguments.names or ARCHITECTURES:
-        records.append(record(**attempt(ARCHITECTURES[name])))
+        records.append(record(**attempt(ARCHITECTURES[name], arguments.limit)))
         print(line(records[-1]), flush=True)
     print(f"{sum(one['result'] == 'pass' for one in records)} of {len(records)} pass")
     if arguments.out:
@@ -71,7 +69,7 @@ def main() -> None:
         write(records)
 
 
-def attempt(one: Architecture) -> dict[str, Any]:
+def attempt(one: Architecture, limit: float) -> dict[str, Any]:
     """An architecture's row: what its stages found, and "pass" or why not."""
     row: dict[str, Any] = {"name": one.name, "family": one.family, "library": one.library}
     with tempfile.TemporaryDirectory() as name:
@@ -81,11 +79,11 @@ def attempt(one: Architecture) -> dict[str, Any]:
             silent: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             try:
                 code = subprocess.run(
-                    command, timeout=LIMIT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, **silent
+                    command, timeout=limit, env={**os.environ, "HF_HUB_OFFLINE": "1"}, **silent
                 ).returncode
                 reason = f"the process ended with {code}" if code else ""
             except subprocess.TimeoutExpired:
-                reason = f"not done in {LIMIT} s"
+                reason = f"not done in {limit:g} s"
             found = notes(folder)
             step, failed = found.pop("step", "start"), found.pop("failed", reason)
             row.update(found)

@@ -75,11 +75,11 @@ PIXELS = named("pixel_values", image(32))
 NARROW = {"img_size": 64, "embed_dim": 48, "depths": (2, 2), "num_heads": (3, 6), "window_size": 4}
 
 CLASSIFIERS = (
-    Architecture("resnet18", "ResNet", "torchvision", torchvision("resnet18"), tested=True),
+    Architecture("resnet18", "ResNet", "torchvision", torchvision("resnet18")),
     Architecture("resnet10t", "ResNet", "timm", timm("resnet10t")),
     Architecture("seresnet", "SE-ResNet", "timm", timm("legacy_seresnet18")),
     Architecture("resnest14d", "ResNeSt", "timm", timm("resnest14d")),
-    Architecture("resnext", "ResNeXt", "torchvision", resnext, tested=True),
+    Architecture("resnext", "ResNeXt", "torchvision", resnext),
     Architecture("regnet_y_400mf", "RegNet", "torchvision", torchvision("regnet_y_400mf")),
     Architecture("densenet", "DenseNet", "torchvision",
                  torchvision("DenseNet", growth_rate=16, block_config=(3, 4, 6, 4)), tested=True),
@@ -103,7 +103,7 @@ CLASSIFIERS = (
     Architecture("convnext_atto", "ConvNeXt", "timm", timm("convnext_atto")),
     Architecture("convnextv2_atto", "ConvNeXt", "timm", timm("convnextv2_atto")),
     Architecture("nf_regnet_b0", "NFNet", "timm", timm("nf_regnet_b0")),
-    Architecture("nfnet", "NFNet", "timm", nfnet),
+    Architecture("nfnet", "NFNet", "timm", nfnet, tested=True),
     Architecture("bit_resnetv2", "BiT ResNetV2", "timm", called(
         "timm.models.resnetv2:ResNetV2", image(64), layers=(1, 1, 1, 1), channels=(128, 256, 512, 768), num_classes=10,
         stem_chs=32, stem_type="fixed")),
