@@ -144,7 +144,10 @@ def compress_stage(one: Architecture, folder: Path, note: Note) -> None:
         raise ValueError("outputs are not finite")
     note(step="save")
     save(result, folder / "saved")
-    save_file({f"{i}": tensor.clone() for i, tensor in enumerate(given[1])}, folder / "outputs")
+    save_file(
+        {f"{i}": tensor.clone(memory_format=torch.contiguous_format) for i, tensor in enumerate(given[1])},
+        folder / "outputs",
+    )
 
 
 def reload_stage(one: Architecture, folder: Path, note: Note) -> None:
