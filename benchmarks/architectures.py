@@ -1,13 +1,13 @@
 """What becomes of the small networks of every architecture: compressed, run, saved, loaded and exported, a row each.
 
-    python benchmarks/architectures.py [NAME ...] [--out FILE] [--limit SECONDS]
+    python benchmarks/architectures.py [NAME ... | --every K] [--out FILE] [--limit SECONDS]
 
 Each is compressed to 70 % of its parameters, or to the least of 80, 90 and 95 % that it can be. The result has to give
 outputs of the original's structure and sizes; to give the same bits when it is loaded by another process, onto weights
 of another seed; and to be exported wherever the original is. What fails is a row that says at which step and why. Every
 stage is a process with a time limit, so that a crash is a row as well.
 
-Records are kept in benchmarks/results when all are run, and in FILE where it is given.
+Records are kept in benchmarks/results, or in FILE where it is given; those of named ones in FILE alone.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def main() -> None:
     """All architectures, or those named, in turn; or one stage of one, in the process that is started for it."""
     made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     made.add_argument("names", nargs="*", metavar="NAME", help="architectures to try, instead of all")
+    made.add_argument("--every", type=int, default=1, metavar="K", help="every K-th architecture, instead of all")
     made.add_argument("--out", type=Path, help="file for the records")
     made.add_argument("--limit", type=float, default=120, metavar="SECONDS", help="for a stage of an architecture")
     made.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
@@ -59,13 +60,13 @@ def main() -> None:
     if arguments.stage:
         sys.exit(stage(arguments.stage, ARCHITECTURES[arguments.names[0]], arguments.folder))
     records = []
-    for name in arguments.names or ARCHITECTURES:
+    for name in arguments.names or list(ARCHITECTURES)[:: arguments.every]:
         records.append(record(**attempt(ARCHITECTURES[name], arguments.limit)))
         print(line(records[-1]), flush=True)
+        if arguments.out:
+            arguments.out.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n")
     print(f"{sum(one['result'] == 'pass' for one in records)} of {len(records)} pass")
-    if arguments.out:
-        arguments.out.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n")
-    elif not arguments.names:
+    if not (arguments.out or arguments.names):
         write(records)
 
 
