@@ -6,12 +6,18 @@ A layer kind that is registered without a case here fails `test_every_layer_kind
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from rankfold.decompositions import DECOMPOSITIONS
+from rankfold.network.stand_ins.stack import Stack
 from rankfold.search import SEARCHES
+from rankfold.sources.models import _complete_torchvision
+
+_complete_torchvision()
+from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 NAMES = tuple(DECOMPOSITIONS)
 SEARCH_NAMES = tuple(SEARCHES)
@@ -19,9 +25,20 @@ SEARCH_NAMES = tuple(SEARCHES)
 
 @dataclass(frozen=True)
 class Case:
+    """A layer and the shape of its inputs; of tokens where it looks up, and with the number of a matrix in a stack."""
+
     label: str
     module: nn.Module
     inputs: tuple[int, ...]
+    matrix: int = 0
+
+    def arguments(self, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+        """What the layer is called with, in an order of positions."""
+        generator = torch.Generator().manual_seed(3)
+        if isinstance(self.module, nn.Embedding):
+            return (torch.randint(self.module.num_embeddings, self.inputs, generator=generator),)
+        x = torch.randn(self.inputs, generator=generator).to(dtype)
+        return (x, self.matrix) if isinstance(self.module, Stack) else (x,)
 
 
 def _cases() -> list[Case]:
@@ -50,7 +67,22 @@ def _cases() -> list[Case]:
         Case("transposed2d-flat", nn.ConvTranspose2d(6, 5, (1, 3), stride=(2, 1), bias=False), (1, 6, 4, 5)),
         Case("transposed2d-grouped", nn.ConvTranspose2d(8, 6, 3, stride=2, groups=2, dilation=2), (1, 8, 5, 5)),
         Case("transposed3d", nn.ConvTranspose3d(4, 5, (2, 3, 3), stride=(2, 1, 1), padding=(0, 1, 1)), (1, 4, 3, 4, 4)),
+        Case("linear-vector", nn.Linear(9, 12), (9,)),
+        Case("linear-transposed", _transposed_linear(12, 9), (2, 5, 12)),
+        Case("embedding", nn.Embedding(15, 10), (2, 7)),
+        Case("embedding-padded", nn.Embedding(8, 11, padding_idx=2), (3, 6)),
+        Case("stack-of-rows", Stack(nn.Parameter(torch.randn(3, 9, 12)), by_rows=True), (5, 12), matrix=1),
+        Case("stack-of-columns", Stack(nn.Parameter(torch.randn(4, 12, 9)), by_rows=False), (2, 5, 12), matrix=3),
+        Case("stack-square", Stack(nn.Parameter(torch.randn(2, 10, 10)), by_rows=False), (4, 10), matrix=0),
     ]
+
+
+def _transposed_linear(inputs: int, outputs: int) -> nn.Module:
+    """The Linear of transformers that keeps inputs before outputs."""
+    made = Conv1D(outputs, inputs)
+    nn.init.normal_(made.weight)
+    nn.init.normal_(made.bias)
+    return made
 
 
 CASES = _cases()

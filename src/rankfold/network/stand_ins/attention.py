@@ -33,16 +33,16 @@ class Attention(nn.Module):
     def __init__(self, original: nn.MultiheadAttention, *, packed: bool) -> None:
         super().__init__()
         bias = original.in_proj_bias
-        biases = [None] * 3 if bias is None else list(bias.detach().chunk(3))
+        biases = [None] * 3 if bias is None else _thirds(bias)
         if original.in_proj_weight is not None and packed:
-            self.in_proj: nn.Module | None = _linear(original.in_proj_weight.detach(), bias)
+            self.in_proj: nn.Module | None = _linear(original.in_proj_weight, bias)
         else:
             self.in_proj = None
             whole = original.in_proj_weight
             weights = (
                 (original.q_proj_weight, original.k_proj_weight, original.v_proj_weight)
                 if whole is None
-                else whole.detach().chunk(3)
+                else _thirds(whole)
             )
             self.q_proj, self.k_proj, self.v_proj = map(_linear, weights, biases)
         self.out_proj: nn.Module = original.out_proj
@@ -137,16 +137,17 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def _thirds(packed: Tensor) -> list[nn.Parameter]:
+    """The parts of a packed parameter for queries, keys and values, as parameters that are trained where it is."""
+    return [nn.Parameter(part, packed.requires_grad) for part in packed.detach().chunk(3)]
+
+
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     """A Linear around a weight and a bias, which it shares."""
     made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    made.weight = _parameter(weight)
-    made.register_parameter("bias", None if bias is None else _parameter(bias))
+    made.weight = weight
+    made.register_parameter("bias", bias)
     return made
-
-
-def _parameter(tensor: Tensor) -> nn.Parameter:
-    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
 
 
 def is_self_attention(args: tuple[object, ...]) -> bool:

@@ -68,15 +68,18 @@ def computed(module: nn.Module, base: type[nn.Module]) -> nn.Module:
     Where the module pads its input by itself, an `nn.Sequential` of the padding and the layer. Raises NotPlainError for
     a module that computes something else.
     """
-    example = _example(module, _SIZES[0])
-    with _Watch() as watch:
-        module(example)
-    if not watch.calls and not computes_weight(module):  # some other way of writing the product
-        watch.calls.append((example, cast(Tensor, module.weight), cast("Tensor | None", module.bias)))
-    if len(watch.calls) != 1:
-        raise NotPlainError(f"its forward multiplies by {len(watch.calls)} weights")
+    padded = False
+    for size in _SIZES:
+        example = _example(module, size)
+        with _Watch() as watch:
+            module(example)
+        if not watch.calls and not computes_weight(module):  # some other way of writing the product
+            watch.calls.append((example, cast(Tensor, module.weight), cast("Tensor | None", module.bias)))
+        if len(watch.calls) != 1:
+            raise NotPlainError(f"its forward multiplies by {len(watch.calls)} weights")
+        padded |= watch.calls[0][0].shape != example.shape
     made = _stock(module, base, *watch.calls[0][1:])
-    if watch.calls[0][0].shape != example.shape:
+    if padded and getattr(module, "padding_mode", "zeros") == "zeros":  # in other modes stock layers pad ahead as well
         conv = cast(Any, made)
         made = nn.Sequential(SamePadding(conv.kernel_size, conv.stride, conv.dilation), made)
         conv.padding = (0,) * len(conv.stride)
@@ -113,13 +116,14 @@ def _stock(module: Any, base: type[nn.Module], weight: Tensor, bias: Tensor | No
         if "transpose" not in base.__name__.lower():
             options.pop("output_padding", None)
         made = base(module.in_channels, module.out_channels, module.kernel_size, bias=False, device="meta", **options)
-    made.weight, made.bias = _parameter(weight), None if bias is None else _parameter(bias)
+    trained = any(parameter.requires_grad for parameter in module.parameters())
+    made.weight, made.bias = _parameter(weight, trained), None if bias is None else _parameter(bias, trained)
     carry_over_(module, made)
     return cast(nn.Module, made)
 
 
-def _parameter(tensor: Tensor) -> nn.Parameter:
-    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach().clone())
+def _parameter(tensor: Tensor, trained: bool) -> nn.Parameter:
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach().clone(), trained)
 
 
 def _example(module: Any, size: int) -> Tensor:
