@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from rankfold.calibration.moments import MomentSum, forward_batch, patches_of
+from rankfold.calibration.moments import LARGEST_MOMENT, MomentSum, forward_batch, patches_of
 from rankfold.decompositions import Factors, metric_error, reconstruct, wiring_of
 from rankfold.decompositions.metric import IDENTITY, Moment
 from rankfold.decompositions.refine import refine
@@ -142,6 +142,12 @@ class _Pairs:
         return square, cross
 
 
+def _is_refitted(module: nn.Module) -> bool:
+    kind, shape = known_kind(module), shape_of(module)
+    wide = kind.axes == 0 and shape.inputs > LARGEST_MOMENT
+    return not (kind.lookup or kind.stacked or wide)
+
+
 class _Reached(BaseException):
     """Ends a pass behind the layer that it was made for; not an Exception, so that no model catches it."""
 
@@ -149,10 +155,11 @@ class _Reached(BaseException):
 def _in_order(model: nn.Module, plan: Plan, batches: Iterable[Inputs]) -> list[_Place]:
     """The decomposed layers that are called, in the order of their first call.
 
-    Embeddings have no inputs to be fitted to, and experts may see others than the original's do: both stay as they are.
+    Embeddings have no inputs to be fitted to, and experts may see others than the original's do: both stay as they are,
+    as do matrices too wide for their moment to be kept whole.
     """
     owners = {model.get_submodule(path): layer for layer in plan.decomposed for path in (layer.name, *layer.aliases)}
-    apart = {layer for module, layer in owners.items() if known_kind(module).lookup or known_kind(module).stacked}
+    apart = {layer for module, layer in owners.items() if not _is_refitted(module)}
     owners = {module: layer for module, layer in owners.items() if layer not in apart}
     order, followers = followed(model, owners, lambda: forward_batch(model, next(iter(batches)), 0))
     calls: dict[LayerPlan, int] = {}

@@ -28,7 +28,13 @@ from rankfold.plan import LayerSpec
 from rankfold.progress import Progress, silent
 
 LARGEST_MOMENT = 4608
-"""Side of the largest moment kept whole (170 MB); a larger one is the Kronecker product of two."""
+"""Side of the largest moment kept whole (170 MB).
+
+A larger one is the Kronecker product of two; without taps a few rows stand for all of it, sums of patches with random
+signs, whose expected outer product is theirs (Johnson and Lindenstrauss; Woodruff, arXiv 1411.4357, section 2).
+"""
+LARGEST_SKETCH = 1024
+"""Rows that are kept of the inputs of a Linear whose moment is larger than that, patches or sums of them."""
 UNSEEN = 0.1
 """Share of the mean over experts that is added to the moment of each: one that saw no inputs has some metric then."""
 _CHUNK = 2**24
@@ -121,8 +127,10 @@ class MomentSum:
         self.shape = (groups, inputs, taps)
         whole = inputs * taps <= LARGEST_MOMENT or layer.routed
         self.joint = torch.zeros(groups, inputs * taps, inputs * taps, dtype=torch.float64) if whole else None
-        self.inputs = None if whole else torch.zeros(groups, inputs, inputs, dtype=torch.float64)
-        self.taps = None if whole else torch.zeros(groups, taps, taps, dtype=torch.float64)
+        self.rows: list[Tensor] | None = None if whole or taps > 1 else []
+        split = not whole and taps > 1
+        self.inputs = torch.zeros(groups, inputs, inputs, dtype=torch.float64) if split else None
+        self.taps = torch.zeros(groups, taps, taps, dtype=torch.float64) if split else None
         self.positions = 0
         self.routed = layer.routed
 
@@ -136,6 +144,11 @@ class MomentSum:
                 (patches.mT @ patches).double().cpu()
             )
             return
+        if self.rows is not None:
+            self.rows.append(patches.float().cpu())
+            if sum(one.shape[1] for one in self.rows) > LARGEST_SKETCH:
+                self.rows = [_sketched(torch.cat(self.rows, 1), self.positions)]
+            return
         split = patches.reshape(len(patches), positions, *self.shape[1:])
         by_inputs, by_taps = split.movedim(3, 2).flatten(1, 2), split.flatten(1, 2)
         cast(Tensor, self.inputs).add_((by_inputs.mT @ by_inputs).double().cpu())
@@ -144,7 +157,7 @@ class MomentSum:
     def __add__(self, other: MomentSum) -> MomentSum:
         """The sum over the patches of both."""
         total = copy.copy(self)
-        for name in ("joint", "inputs", "taps"):
+        for name in ("joint", "inputs", "taps", "rows"):
             own = getattr(self, name)
             setattr(total, name, None if own is None else own + getattr(other, name))
         total.positions = self.positions + other.positions
@@ -153,7 +166,7 @@ class MomentSum:
     @property
     def finite(self) -> bool:
         """Whether everything that was added was finite."""
-        kept = [tensor for tensor in (self.joint, self.inputs, self.taps) if tensor is not None]
+        kept = [tensor for tensor in (self.joint, self.inputs, self.taps, *(self.rows or ())) if tensor is not None]
         return all(bool(torch.isfinite(tensor).all()) for tensor in kept)
 
     def moment(self) -> Moment:
@@ -164,10 +177,20 @@ class MomentSum:
             if self.routed:
                 joint = joint + UNSEEN * joint.mean(0, keepdim=True)
             return Moment(joint=joint, positions=self.positions)
+        if self.rows is not None:
+            return Moment(rows=torch.cat(self.rows, 1) / count**0.5, positions=self.positions)
         _, inputs, taps = self.shape
         by_inputs, by_taps = cast(Tensor, self.inputs) / (count * taps), cast(Tensor, self.taps) / (count * inputs)
         square = by_taps.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-300)[:, None, None]
         return Moment(inputs=by_inputs, taps=by_taps / square, positions=self.positions)
+
+
+def _sketched(rows: Tensor, seed: int) -> Tensor:
+    """Half of `LARGEST_SKETCH` sums of rows (g, k, n), each with random signs, scaled to the outer product's size."""
+    count = LARGEST_SKETCH // 2
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(2, (count, rows.shape[1]), generator=generator).to(rows) * 2 - 1
+    return signs @ rows / count**0.5
 
 
 @contextmanager

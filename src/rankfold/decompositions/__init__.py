@@ -24,6 +24,7 @@ from rankfold.decompositions.spatial import SPATIAL
 from rankfold.decompositions.svd import SVD
 from rankfold.decompositions.tt import TT
 from rankfold.decompositions.tucker import TUCKER
+from rankfold.decompositions.weighted import WeightedExpansion, is_matrix
 from rankfold.decompositions.wiring import MATRIX, LayerShape, Wiring
 from rankfold.errors import PlanError, UnknownNameError
 
@@ -33,11 +34,13 @@ __all__ = [
     "Expansion",
     "Factors",
     "Grid",
+    "balance",
     "damped",
     "decomposition",
     "expand",
     "family_of",
     "fit",
+    "is_matrix",
     "is_polyadic",
     "metric_error",
     "reconstruct",
@@ -73,8 +76,13 @@ def family_of(name: str, shape: LayerShape, ranks: Sequence[int]) -> str | None:
     return decomposition(name).family(ranks) if shape.taps else None
 
 
-def expand(name: str, weight: Tensor, shape: LayerShape) -> Expansion:
-    """The closed-form expansion of a weight (g, o, i, *taps) of any floating dtype, computed in float64."""
+def expand(name: str, weight: Tensor, shape: LayerShape, moment: Moment = IDENTITY) -> Expansion:
+    """The closed-form expansion of a weight (g, o, i, *taps) of any floating dtype, computed in float64.
+
+    That of a matrix is in the metric of `moment`, that of all others in the Frobenius norm.
+    """
+    if moment is not IDENTITY and is_matrix(wiring_of(name, shape)):
+        return WeightedExpansion(weight, wiring_of(name, shape), moment)
     method = decomposition(name) if shape.taps else SVD
     return method.expand(weight.double(), wiring_of(name, shape), weight.dtype == torch.float64)
 
@@ -103,11 +111,13 @@ def fit(
     any use.
     """
     wiring = wiring_of(name, shape)
-    expansion = expansion or expand(name, weight, shape)
     _check_ranks(name, wiring, shape, ranks, layer)
-    weight = weight.double()
     if not weight.any():
-        return _of_zero(wiring, shape, ranks, weight)
+        return _of_zero(wiring, shape, ranks, weight.double())
+    if moment is not IDENTITY and is_matrix(wiring):
+        return balance(wiring, WeightedExpansion(weight, wiring, moment).factors(ranks))
+    expansion = expansion or expand(name, weight, shape)
+    weight = weight.double()
     rounds = sweeps if sweeps is not None else decomposition(name).sweeps if family_of(name, shape, ranks) else 0
     factors = alternate(weight, wiring, expansion.factors(ranks), sweeps=rounds)
     reached = [relative_error(weight, wiring, factors)] if starts > 1 else []

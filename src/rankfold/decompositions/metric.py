@@ -20,12 +20,15 @@ class Moment:
 
     Whole where `joint` is set, shape (g, n, n). Where that would be too large, it is taken to be the Kronecker product
     of that of the inputs (g, i, i), the mean over taps, and that of the taps (g, t, t), the mean over inputs, divided
-    by the mean square; without any of them it is the identity. `positions` is how many patches were seen.
+    by the mean square; or, where there are no taps, it is rowsᵀ rows + ridge · 1 with a few `rows` (g, k, n), patches
+    or a sketch of them. Without any of them it is the identity. `positions` is how many patches were seen.
     """
 
     joint: Float64[Tensor, "g n n"] | None = None
     inputs: Float64[Tensor, "g i i"] | None = None
     taps: Float64[Tensor, "g t t"] | None = None
+    rows: Float[Tensor, "g k n"] | None = None
+    ridge: float = 0.0
     positions: int = 0
 
     def shrinkage(self) -> float:
@@ -34,16 +37,24 @@ class Moment:
         Oracle approximating shrinkage (Chen et al., arXiv 0907.4698, equation 23): with few patches the moment is a
         poor guide to inputs it was not measured on, and with fewer than dimensions it holds some for impossible.
         """
-        if self.joint is None or self.positions == 0:
+        if (self.joint is None and self.rows is None) or self.positions == 0:
             return 0.0
-        size = self.joint.shape[-1]
-        trace = self.joint.diagonal(dim1=-2, dim2=-1).sum(-1)
-        square, whole = float(self.joint.square().sum((-2, -1)).mean()), float(trace.square().mean())
+        if self.joint is not None:
+            size, inner = self.joint.shape[-1], self.joint
+        else:
+            rows = cast(Tensor, self.rows)
+            size, inner = rows.shape[-1], (rows @ rows.mT).double()
+        trace = inner.diagonal(dim1=-2, dim2=-1).sum(-1)
+        square, whole = float(inner.square().sum((-2, -1)).mean()), float(trace.square().mean())
         spread = (self.positions + 1 - 2 / size) * (square - whole / size)
         return min(1.0, ((1 - 2 / size) * square + whole) / spread) if spread > 0 else 1.0
 
     def shrunk(self) -> Moment:
         """The moment with its share of the identity, of the same trace."""
+        if self.rows is not None:
+            share, size = self.shrinkage(), self.rows.shape[-1]
+            square = float(self.rows.square().sum((-2, -1), dtype=torch.float64).mean()) / size
+            return replace(self, rows=(1 - share) ** 0.5 * self.rows, ridge=share * square)
         if self.joint is None:
             return self
         share, size = self.shrinkage(), self.joint.shape[-1]
@@ -53,13 +64,25 @@ class Moment:
 
     def applied(self, residual: Float[Tensor, "g o i *taps"]) -> Tensor:
         """The residual times the moment, in the residual's shape, dtype and place."""
-        if self.joint is None and self.inputs is None:
+        if self.joint is None and self.inputs is None and self.rows is None:
             return residual
+        if self.rows is not None:
+            rows = self.rows.to(residual)
+            return ((residual.flatten(2) @ rows.mT) @ rows).reshape(residual.shape) + self.ridge * residual
         if self.joint is not None:
             return (residual.flatten(2) @ self.joint.to(residual)).reshape(residual.shape)
         inputs, taps = cast(Tensor, self.inputs).to(residual), cast(Tensor, self.taps).to(residual)
         unfolded = residual.flatten(3) if residual.ndim > 3 else residual[..., None]
         return torch.einsum("goit,gij,gts->gojs", unfolded, inputs, taps).reshape(residual.shape)
+
+    def outer(self, weight: Float[Tensor, "g o i *taps"]) -> Float64[Tensor, "g o o"]:
+        """W Σ Wᵀ."""
+        flat = weight.flatten(2)
+        if self.rows is not None:
+            seen = flat @ self.rows.to(flat).mT
+            return (seen @ seen.mT).double() + self.ridge * (flat @ flat.mT).double()
+        exact = weight.double()
+        return self.applied(exact).flatten(2) @ exact.flatten(2).mT
 
     def energy(self, residual: Float[Tensor, "g o i *taps"]) -> Tensor:
         """E‖R x‖², summed over groups and outputs: a number, differentiable in the residual."""

@@ -1,30 +1,42 @@
 """Fitting factors in the metric of what goes into a layer: least E‖(W − Ŵ) x‖² instead of least ‖W − Ŵ‖².
 
-Where the second factor is all that holds the outputs, and the first all that holds the inputs, the best factors are
-known: with U the leading eigenvectors of W Σ Wᵀ, Ŵ = U Uᵀ W. (Minimise ‖(W − Ŵ) Σ^½‖ over Ŵ of rank r: Eckart and Young
-give U Uᵀ W Σ^½, and that is reached. No inverse of Σ is taken, so it may be singular.) Everything else is refined by
-L-BFGS on all factors at once, from the closed form or alternating least squares in the Frobenius norm.
+Matrices have a closed form (`weighted`). Everything else is refined by L-BFGS on all factors at once, from the closed
+form or alternating least squares in the Frobenius norm.
 """
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from rankfold.decompositions.als import balance, reconstruct
 from rankfold.decompositions.expansion import Factors
 from rankfold.decompositions.metric import Moment
+from rankfold.decompositions.weighted import WeightedExpansion, is_matrix
 from rankfold.decompositions.wiring import Wiring
 
+_CHUNK = 2**24
+"""Entries of the weight that an error is measured on at a time."""
 STEPS = 120
 """Steps of L-BFGS, at most."""
 
 
-def metric_error(weight: Float64[Tensor, "g o i *taps"], wiring: Wiring, factors: Factors, moment: Moment) -> float:
-    """Squared relative error in the metric, E‖(W − Ŵ) x‖² / E‖W x‖²; zero where the layer's output is always zero."""
-    error = float(moment.energy(weight - reconstruct(wiring, factors)))
-    return max(error, 0.0) / max(float(moment.energy(weight)), 1e-300) if error > 0 else 0.0
+def metric_error(weight: Float[Tensor, "g o i *taps"], wiring: Wiring, factors: Factors, moment: Moment) -> float:
+    """Squared relative error in the metric, E‖(W − Ŵ) x‖² / E‖W x‖²; zero where the layer's output is always zero.
+
+    In float64, but for weights of more than `_CHUNK` entries: some outputs at a time, and with sums alone in float64.
+    """
+    dtype = torch.float64 if weight.numel() <= _CHUNK else torch.promote_types(weight.dtype, torch.float32)
+    error = energy = 0.0
+    axis, step = 1 + wiring.factors[-1].index("o"), max(1, _CHUNK // max(weight[0, 0].numel() * len(weight), 1))
+    for start in range(0, weight.shape[1], step):
+        part = weight[:, start : start + step].to(dtype)
+        last = factors[-1].narrow(axis, start, part.shape[1])
+        rebuilt = reconstruct(wiring, tuple(factor.to(dtype) for factor in (*factors[:-1], last)))
+        error += float(moment.energy(part - rebuilt))
+        energy += float(moment.energy(part))
+    return max(error, 0.0) / max(energy, 1e-300) if error > 0 else 0.0
 
 
 def refine(
@@ -34,32 +46,16 @@ def refine(
     scale = float(moment.energy(weight))
     if scale <= 0 or steps == 0:
         return factors
-    found = _projected(weight, wiring, factors, moment) if _is_matrix(wiring) else None
-    found = found or _descended(weight, wiring, factors, moment, scale=scale, steps=steps)
+    if is_matrix(wiring):
+        found = WeightedExpansion(weight, wiring, moment).factors(
+            (min(factors[1].shape[-1], *weight.flatten(2).shape[1:]),)
+        )
+    else:
+        found = _descended(weight, wiring, factors, moment, scale=scale, steps=steps)
+    if found[-1].shape != factors[-1].shape:
+        return factors  # more components than are of any use
     better = metric_error(weight, wiring, found, moment) <= metric_error(weight, wiring, factors, moment)
     return balance(wiring, found) if better else factors
-
-
-def _is_matrix(wiring: Wiring) -> bool:
-    """Whether the wiring is a matrix of outputs by everything else."""
-    return len(wiring.factors) == 2 and wiring.factors[1] == "oA"
-
-
-def _projected(weight: Tensor, wiring: Wiring, factors: Factors, moment: Moment) -> Factors:
-    """U Uᵀ W of this module's head, as two factors."""
-    rank = factors[1].shape[-1]
-    matrix = weight.flatten(2)
-    _, basis = torch.linalg.eigh(moment.applied(weight).flatten(2) @ matrix.mT)
-    leading = basis.flip(-1)[..., :rank]
-    rows = (leading.mT @ matrix).reshape(len(weight), leading.shape[-1], *weight.shape[2:])
-    order = ["A", "i", *(axis for axis in wiring.factors[0] if axis not in "Ai")]
-    first = rows.permute(0, *(1 + order.index(axis) for axis in wiring.factors[0]))
-    short = rank - leading.shape[-1]
-    if short:  # more components than outputs: the rest is of no use
-        pads = [0, 0] * (first.ndim - 1 - wiring.factors[0].index("A") - 1)
-        first = torch.nn.functional.pad(first, [*pads, 0, short])
-        leading = torch.nn.functional.pad(leading, (0, short))
-    return first, leading
 
 
 def _descended(

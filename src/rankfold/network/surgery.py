@@ -50,7 +50,7 @@ def apply_plan(
             )
         stored = tuple(factor.to(weight.dtype).double() for factor in found)
         student = swapped(student, layer, found)
-        reached.append(replace(layer, error=metric_error(weight.double(), wiring, stored, moment)))
+        reached.append(replace(layer, error=metric_error(weight, wiring, stored, moment)))
     progress("fitting factors", len(plan.layers), len(plan.layers))
     return student, plan.with_layers(tuple(reached))
 

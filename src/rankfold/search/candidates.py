@@ -29,6 +29,7 @@ from rankfold.decompositions import (
     wiring_of,
 )
 from rankfold.decompositions.metric import IDENTITY, Moment
+from rankfold.decompositions.weighted import WeightedExpansion
 from rankfold.decompositions.wiring import LayerShape
 from rankfold.plan import LayerSpec
 from rankfold.search.curves import Curve, Fit, FloatArray, IntArray, family_in, ratios
@@ -73,16 +74,18 @@ def measure_layer(
     """
     parts = []
     seen = set()
+    expansion: Expansion | None = None
     for name in names:
         wiring = wiring_of(name, layer.shape)
         if wiring in seen:  # on a layer with few taps several decompositions are the same
             continue
         seen.add(wiring)
-        expansion = expand(name, weight, layer.shape)
+        expansion = expand(name, weight, layer.shape, moment)
         for grid in expansion.grids():
             candidates = _candidates(name, layer, grid, units)
             parts.append(_fitted(candidates, weight, expansion, layer.shape, moment))
-    return replace(_merged(layer, tuple(names), parts, units, moment), weight=weight)
+    exact = expansion if isinstance(expansion, WeightedExpansion) and not layer.shape.taps else None
+    return replace(_merged(layer, tuple(names), parts, units, moment), weight=weight, exact=exact)
 
 
 def smallest_form(layer: LayerSpec, name: str) -> str:

@@ -16,9 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rankfold.decompositions import (
+    Expansion,
     Factors,
+    balance,
     family_of,
     fit,
+    is_matrix,
     metric_error,
     wiring_of,
 )
@@ -53,7 +56,8 @@ class Curve:
     `ranks[k]` one rank per bond, `errors[k]` the squared relative error, `costs[unit][k]` the weight's cost.
     `closed[k]` is the error before any fit, which `errors` equals where none is needed; elsewhere it is scaled by what
     the `fits` of the same family reached. Errors are in the metric of `moment`, in which every candidate is fitted.
-    `weight` is the weight that was measured, None where the errors are given and final.
+    `weight` is the weight that was measured, None where the errors are given and final. `exact` is the expansion of a
+    matrix in its metric, from which the best factors of any rank are read off.
     """
 
     layer: LayerSpec
@@ -66,6 +70,7 @@ class Curve:
     fits: Mapping[str, tuple[Fit, ...]] = field(default_factory=dict)
     weight: Float[Tensor, "g o i *taps"] | None = None
     moment: Moment = IDENTITY
+    exact: Expansion | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.errors)
@@ -79,6 +84,8 @@ class Curve:
 
     def factors(self, k: int) -> Factors | None:
         """The factors of a candidate, where it was fitted as a plan would have it."""
+        if self.exact is not None and self.methods[k] is not None:
+            return balance(self.exact.wiring, self.exact.factors(self.ranks[k]))
         known = self.fits.get(self.family(k) or "", ())
         return next((one.factors for one in known if one.ranks == self.ranks[k] and one.factors is not None), None)
 
@@ -90,7 +97,8 @@ class Curve:
 
 def family_in(name: str, shape: LayerShape, ranks: Sequence[int], moment: Moment) -> str | None:
     """The family of `family_of`; in a metric what needs no fit otherwise is one as well, of the method's name."""
-    return family_of(name, shape, ranks) or (None if moment is IDENTITY else name)
+    exact = moment is IDENTITY or is_matrix(wiring_of(name, shape))
+    return family_of(name, shape, ranks) or (None if exact else name)
 
 
 def visit(curve: Curve, places: Sequence[int], *, starts: int = 1) -> Curve:
@@ -102,7 +110,7 @@ def visit(curve: Curve, places: Sequence[int], *, starts: int = 1) -> Curve:
         method, weight = cast(str, curve.methods[k]), cast(Tensor, curve.weight)
         shape, moment = curve.layer.shape, curve.moment
         factors = fit(method, weight, shape, curve.ranks[k], layer=curve.layer.name, starts=starts, moment=moment)
-        reached = metric_error(weight.double(), wiring_of(method, shape), factors, moment)
+        reached = metric_error(weight, wiring_of(method, shape), factors, moment)
         ratio = reached / max(float(curve.closed[k]), 1e-300)
         fits.setdefault(cast(str, curve.family(k)), []).append(
             Fit(curve.ranks[k], int(curve.costs["params"][k]), ratio, True, factors)

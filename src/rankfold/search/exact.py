@@ -3,8 +3,8 @@
 Minimise the sum of values (errors, or costs where the error is limited) over one candidate per layer, within the limits
 (Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, chapter 11). The linear relaxation prices what is limited. A
 plan read off it is often within 0.02 % of the relaxation, and then it is taken; otherwise the integer programme is
-solved, first over the candidates of least reduced cost, then over every candidate whose reduced cost is below the gap
-that is left: no other can be part of a better plan.
+solved, first over the candidates of least reduced cost, then over those whose reduced cost is below the gap that is
+left: no other can be part of a better plan.
 """
 
 from __future__ import annotations
@@ -25,9 +25,13 @@ START = 24
 ENOUGH = 2e-4
 """Relative gap to the linear relaxation at which the first plan is taken: no plan is better by more than this."""
 MANY = 2000
-"""Candidates up to which a second programme, over all that can be part of a better plan, is solved to a gap of 1e-6."""
+"""Candidates in the second programme, at most: where no more than these can be part of a better plan, it is solved to a
+gap of 1e-6; otherwise these, the likeliest, are, and the relaxation is the bound."""
 NODES = 1000
-"""Branch-and-bound nodes after which a programme stops in any case; the bound then says how far it got."""
+"""Branch-and-bound nodes after which a programme stops in any case; the bound then says how far it got.
+
+A limit of time would make plans depend on the machine's load.
+"""
 
 
 def exact(problem: Problem, progress: Progress = silent, /) -> Selection:
@@ -44,14 +48,35 @@ def exact(problem: Problem, progress: Progress = silent, /) -> Selection:
         return replace(first, bound=bound)
     at_hand = min((plan.objective for plan in (rounded, first) if plan), default=np.inf)
     gap = (at_hand - bound) * (1 + 1e-9) + 1e-12
-    wider = [np.union1d(have, np.flatnonzero(part <= gap)) for have, part in zip(near, reduced, strict=True)]
-    second = _solve(problem, wider, gap=1e-6 if sum(map(len, wider)) <= MANY else ENOUGH / 2)
+    wider, whole = _within(problem, near, reduced, gap)
+    second = _solve(problem, wider, gap=1e-6 if whole else ENOUGH / 2)
     plans = [plan for plan in (rounded, first, second) if plan]
     if not plans:
         raise BudgetError(f"the solver found no plan within {NODES} nodes; loosen the budget or use search='uniform'")
     best = min(plans, key=lambda plan: plan.objective)
-    proven = second.bound if second and second.bound is not None else bound
+    proven = second.bound if whole and second and second.bound is not None else bound
     return replace(best, bound=min(max(bound, proven), best.objective))
+
+
+def _within(
+    problem: Problem, near: list[IntArray], reduced: list[FloatArray], gap: float
+) -> tuple[list[IntArray], bool]:
+    """The candidates whose reduced cost is within a gap, about `MANY` of them at most; and whether it is all.
+
+    Where they are more, every layer keeps as many, of those that cost alike the ones of least reduced cost: those of a
+    fine grid would otherwise crowd out the others.
+    """
+    within = [np.flatnonzero(part <= gap) for part in reduced]
+    whole = sum(map(len, within)) <= MANY
+    if not whole:
+        quota = max(1, MANY // len(within))
+        for layer, (curve, chosen) in enumerate(zip(problem.curves, within, strict=True)):
+            by_cost = chosen[np.argsort(problem.pressure(curve)[chosen], kind="stable")]
+            alike = np.array_split(by_cost, min(quota, max(len(by_cost), 1)))
+            within[layer] = np.array(
+                [part[reduced[layer][part].argmin()] for part in alike if len(part)], dtype=np.int64
+            )
+    return [np.union1d(have, more) for have, more in zip(near, within, strict=True)], whole
 
 
 def _relax(problem: Problem) -> tuple[float, list[FloatArray], Selection | None]:

@@ -19,9 +19,8 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -29,13 +28,12 @@ import torch
 from torch import Tensor
 
 from rankfold.budget import UNITS, describe
-from rankfold.decompositions import Factors, expand, fit, reconstruct, relative_error, wiring_of
 from rankfold.errors import BudgetError, SearchError
 from rankfold.progress import Progress, silent
 from rankfold.search import checkpoint as files
-from rankfold.search.curves import Curve
 from rankfold.search.objective import Objective, Reconstruction
 from rankfold.search.problem import Problem, Selection
+from rankfold.search.published_layer import Layer, with_rank
 from rankfold.search.trace import Step, Trace, step_from_dict
 
 
@@ -117,58 +115,6 @@ class Published:
         return run.selection()
 
 
-class _Layer:
-    """A layer in one stage: candidates, their factors, logits."""
-
-    def __init__(self, curve: Curve, ranks: Sequence[int], nested: bool) -> None:
-        if len(curve.tried) != 1 or curve.weight is None:
-            raise BudgetError(f"{curve.layer.name}: the published search takes a layer's weight and one decomposition")
-        (self.method,) = curve.tried
-        self.curve, self.shape = curve, curve.layer.shape
-        self.wiring = wiring_of(self.method, self.shape)
-        self.target = curve.weight.float()
-        self.nested = nested
-        expansion = expand(self.method, curve.weight, self.shape)
-        tied = [most for most in expansion.max_ranks() if most > 1] or [1]
-        self.largest = min(tied)
-        self._most = expansion.max_ranks()
-        self.ranks = tuple(dict.fromkeys(max(1, min(rank, self.largest)) for rank in ranks))
-        fitted = [
-            fit(self.method, curve.weight, self.shape, self.tied(rank), expansion=expansion) for rank in self.ranks
-        ]
-        self.factors = [tuple(f.float().contiguous() for f in one) for one in (fitted[-1:] if nested else fitted)]
-        self.logits = torch.zeros(len(self.ranks))
-
-    def tied(self, rank: int) -> tuple[int, ...]:
-        """The same rank on every bond, as far as the bond takes it."""
-        return tuple(min(rank, most) for most in self._most)
-
-    def candidates(self) -> list[Tensor]:
-        """The reconstructed weight of every candidate, differentiable in the factors."""
-        sets = [self._leading(rank) for rank in self.ranks] if self.nested else self.factors
-        return [reconstruct(self.wiring, one) for one in sets]
-
-    def costs(self, unit: str) -> Tensor:
-        """What each candidate costs."""
-        cost = self.wiring.macs if unit == "macs" else self.wiring.params
-        scale = self.curve.layer.itemsize if unit == "bytes" else 1
-        return torch.tensor([float(scale * cost(self.shape, self.tied(rank))) for rank in self.ranks])
-
-    @cached_property
-    def relative_ranks(self) -> Tensor:
-        """r / max R."""
-        return torch.tensor([rank / max(self.ranks) for rank in self.ranks])
-
-    def _leading(self, rank: int) -> Factors:
-        sizes = dict(zip(self.wiring.bonds, self.tied(rank), strict=True))
-        (whole,) = self.factors
-        parts = []
-        for letters, factor in zip(self.wiring.factors, whole, strict=True):
-            cut = (slice(None), *(slice(sizes.get(axis)) for axis in letters))
-            parts.append(factor[cut])
-        return tuple(parts)
-
-
 class _Run:
     """The state of one search."""
 
@@ -201,7 +147,7 @@ class _Run:
 
     def selection(self) -> Selection:
         """The plan of each layer's likeliest rank."""
-        curves = tuple(_with_rank(layer) for layer in self.layers)
+        curves = tuple(with_rank(layer) for layer in self.layers)
         problem = replace(self.problem, curves=curves)
         units = list(self.problem.limits) or ["macs"]
         choices = tuple(int(all(curve.costs[unit][1] < curve.costs[unit][0] for unit in units)) for curve in curves)
@@ -219,7 +165,7 @@ class _Run:
         self.layers = []
         for done, (curve, own) in enumerate(zip(self.problem.curves, ranks, strict=True)):
             self.progress("fitting candidates", done, len(ranks))
-            self.layers.append(_Layer(curve, own, self.settings.nested))
+            self.layers.append(Layer(curve, own, self.settings.nested))
         self.progress("fitting candidates", len(ranks), len(ranks))
         for layer in self.layers:
             layer.logits = self.settings.spread * torch.randn(len(layer.ranks), generator=self.generator)
@@ -289,6 +235,7 @@ class _Run:
         return self.settings.gamma * means.pow(self.settings.beta).sum()
 
     def _clip(self, optimiser: torch.optim.Optimizer) -> None:
+        """Bounds the norm of the gradient, where the settings do."""
         if self.settings.clip is not None:
             parameters = [tensor for group in optimiser.param_groups for tensor in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
@@ -312,6 +259,7 @@ class _Run:
             )
 
     def _record(self, losses: dict[str, float]) -> None:
+        """Adds the iteration to the trace, and reports it."""
         shares = [layer.logits.detach().softmax(0) for layer in self.layers]
         fixed, original = self.problem.fixed, self.problem.original
         pairs = list(zip(shares, self.layers, strict=True))
@@ -327,6 +275,7 @@ class _Run:
         self.progress("searching ranks", self.iteration + 1, total, note)
 
     def _save(self) -> None:
+        """Writes the checkpoint, where one is kept."""
         if self.settings.checkpoint is None:
             return
         state = {
@@ -339,6 +288,7 @@ class _Run:
         files.write(self.settings.checkpoint, self._digest, state)
 
     def _restore(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint."""
         self._begin(state["ranks"])
         self.stage, self.iteration = state["stage"], state["iteration"]
         self.steps = [step_from_dict(entry) for entry in state["steps"]]
@@ -368,15 +318,3 @@ class _Run:
             for kind, optimiser in (("factor", self.weight_step), ("logits", self.rank_step))
             for number, parameter in enumerate(optimiser.param_groups[0]["params"])
         }
-
-
-def _with_rank(layer: _Layer) -> Curve:
-    """A curve of two candidates: the layer as it is, and the likeliest rank with the error its factors reach."""
-    spec, ranks = layer.curve.layer, layer.tied(layer.ranks[int(layer.logits.argmax())])
-    weight = cast(Tensor, layer.curve.weight)
-    factors = fit(layer.method, weight, spec.shape, ranks)
-    error = relative_error(weight.double(), layer.wiring, factors)
-    after = spec.cost(layer.wiring.params(spec.shape, ranks), layer.wiring.macs(spec.shape, ranks))
-    costs = {unit: np.array([getattr(spec.dense, unit), getattr(after, unit)], dtype=np.int64) for unit in UNITS}
-    errors = np.array([0.0, error])
-    return Curve(spec, layer.curve.tried, (None, layer.method), ((), ranks), errors, costs, errors)

@@ -28,8 +28,8 @@ from rankfold.training import checkpoints
 from rankfold.training.augment import augmentation
 from rankfold.training.checkpoints import Checkpoint
 from rankfold.training.distillation import Distillation, Losses
-from rankfold.training.geometry import Geometry
 from rankfold.training.log import Log
+from rankfold.training.preparation import accelerator, faster, geometry_of, optimiser, processes
 from rankfold.training.settings import Training, rate_at
 from rankfold.training.synchronised import synchronise_norms_
 
@@ -141,7 +141,7 @@ class _Run:
         fresh: bool,
     ) -> None:
         self.training, self.data, self.skeleton = training, data, duplicate(student)
-        place = _processes()
+        place = processes()
         self.device, self.rank, self.world = place.device, place.process_index, place.num_processes
         if training.batch_size % self.world or len(data) < training.batch_size:
             raise TrainingError(
@@ -152,7 +152,7 @@ class _Run:
         self.dtype = next(p.dtype for p in student.parameters() if p.is_floating_point())
         self.student = self._placed(student).train()
         self.teacher = self._placed(teacher).eval().requires_grad_(False) if teacher else None
-        self.geometry = _geometry(self.student, original, plan, training)
+        self.geometry = geometry_of(self.student, original, plan, training)
         if self.geometry and fresh:
             self.geometry.damp_(training.damping)
         if self.world > 1:
@@ -161,9 +161,10 @@ class _Run:
         self.augment, self.black = augmentation(training.augment), data.black
         self.steps = len(data) // training.batch_size
         self.state = _State()
-        self.precision = self._faster() if precision == "auto" else precision
-        self.accelerator = _accelerator(self.precision)
-        wrapped, self.optimiser = self.accelerator.prepare(self.student, _optimiser(self.student, training))
+        if precision == "auto":
+            precision = faster(self.student, self.distillation, *self._batch(torch.arange(training.batch_size)))
+        self.precision, self.accelerator = precision, accelerator(precision)
+        wrapped, self.optimiser = self.accelerator.prepare(self.student, optimiser(self.student, training))
         self.call = torch.compile(wrapped) if training.compiled else wrapped
         self.average = {name: tensor.clone() for name, tensor in self._floats()} if training.ema else {}
 
@@ -224,6 +225,7 @@ class _Run:
         self.state = _State(found.facts["step"], epochs, found.facts["loss_sum"], found.facts["seconds"])
 
     def _placed(self, model: nn.Module) -> nn.Module:
+        """A copy on this process's device, in the run's type and layout."""
         placed = duplicate(model).to(self.device, self.dtype)
         return placed.to(memory_format=self.layout) if self.layout is not None else placed  # type: ignore[call-overload]
 
@@ -287,13 +289,15 @@ class _Run:
             self.accelerator.clip_grad_norm_(self.student.parameters(), clip)
 
     def _close_epoch(self, held_out: Dataset | None) -> None:
+        """Adds the epoch that is over to the history, scored on what was held out."""
         state = self.state
         top1 = accuracy(self.result(), held_out).top1 if held_out and self.main else None
         state.epochs.append(Epoch(state.loss_sum / self.steps, top1, round(state.seconds, 2)))
         state.loss_sum = state.seconds = 0.0
 
     def _save(self, path: Path) -> None:
-        optimiser = {
+        """Writes the checkpoint."""
+        moments = {
             f"{index}.{name}": tensor
             for index, held in self.optimiser.state_dict()["state"].items()
             for name, tensor in held.items()
@@ -302,7 +306,7 @@ class _Run:
         groups = {
             "model": dict(self.student.state_dict()),
             "average": self.average,
-            "optimiser": optimiser,
+            "optimiser": moments,
         }
         facts = {**asdict(self.state), "settings": self._settings(), "precision": self.precision}
         checkpoints.write(path, Checkpoint(groups, facts))
@@ -313,77 +317,14 @@ class _Run:
         factors = [[*one.weights[0].shape] for one in self.geometry.layers] if self.geometry else []
         return {**asdict(self.training), "losses": losses, "examples": len(self.data), "factors": factors}
 
-    def _faster(self) -> str:
-        """bfloat16 where passes of it take less than nine tenths of the time of others, by a trial of two batches."""
-        x, y = self._batch(torch.arange(self.training.batch_size))
-        before = {name: tensor.clone() for name, tensor in self.student.state_dict().items()}
-        seconds = {}
-        for precision in ("no", "bf16", "no", "bf16"):
-            start = time.perf_counter()
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                loss = torch.stack(list(self.distillation(self.student, x, y).values())).sum()
-            loss.backward()
-            loss.item()  # waits for the device
-            seconds[precision] = time.perf_counter() - start  # the first of each is warming up
-        self.student.load_state_dict(before)
-        self.student.zero_grad(set_to_none=True)
-        return _agreed("bf16" if seconds["bf16"] < 0.9 * seconds["no"] else "no")
-
-
-def _geometry(student: nn.Module, original: nn.Module | None, plan: Plan | None, training: Training) -> Geometry | None:
-    """The student's factors, where the plan is given and the settings make use of them."""
-    if plan is None or not plan.decomposed or not (training.damping or training.steps_of_weights):
-        return None
-    if original is None:
-        raise TrainingError("a plan needs the network it is of; give it as `original`, or as the teacher")
-    return Geometry(student, original, plan)
-
-
-def _optimiser(model: nn.Module, training: Training) -> torch.optim.Optimizer:
-    """The optimiser; biases and norms are left out of weight decay."""
-    named = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in named if p.ndim > 1], "weight_decay": training.weight_decay},
-        {"params": [p for p in named if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    if training.optimiser == "adamw":
-        return torch.optim.AdamW(groups, lr=training.rate, betas=(training.momentum, 0.999))
-    return torch.optim.SGD(groups, lr=training.rate, momentum=training.momentum, nesterov=training.momentum > 0)
-
 
 def _seed(seed: int, stream: int, count: int) -> int:
     """A seed of its own for every count of every stream of random numbers."""
     return (seed * 1_000_003 + stream) * 10_000_019 + count
 
 
-def _accelerate() -> Any:
-    try:
-        import accelerate
-    except ImportError as error:
-        raise TrainingError(f"fine-tuning needs accelerate: pip install 'rankfold[train]' ({error})") from error
-    return accelerate
-
-
-def _processes() -> Any:
-    """This process's device and its place among all."""
-    return _accelerate().PartialState()
-
-
-def _accelerator(precision: str) -> Any:
-    """Accelerate's engine at a precision; its own record of an earlier run at another one is cleared."""
-    accelerate = _accelerate()
-    accelerate.state.AcceleratorState._reset_state()
-    return accelerate.Accelerator(mixed_precision=precision, step_scheduler_with_optimizer=False)
-
-
-def _agreed(choice: str) -> str:
-    """What the main process chose."""
-    choices = [choice]
-    _accelerate().utils.broadcast_object_list(choices)
-    return choices[0]
-
-
 def _diverged(step: int, terms: Mapping[str, float], rate: float, checkpoint: Path | None) -> str:
+    """What is said of a run that is not finite, and of what is left of it."""
     shown = ", ".join(f"{name} {value:g}" for name, value in terms.items())
     kept = (
         f"the last checkpoint, {checkpoint}, is from before" if checkpoint and checkpoint.exists() else "no checkpoint"

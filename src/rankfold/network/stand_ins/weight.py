@@ -73,6 +73,8 @@ def computed(module: nn.Module, base: type[nn.Module]) -> nn.Module:
         example = _example(module, size)
         with _Watch() as watch:
             module(example)
+        if not watch.calls and not computes_weight(module):  # some other way of writing the product
+            watch.calls.append((example, cast(Tensor, module.weight), cast("Tensor | None", module.bias)))
         if len(watch.calls) != 1:
             raise NotPlainError(f"its forward multiplies by {len(watch.calls)} weights")
         padded |= watch.calls[0][0].shape != example.shape
