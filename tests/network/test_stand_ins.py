@@ -389,6 +389,21 @@ def test_what_is_frozen_stays_so_in_a_layer_of_a_computed_weight(way: str):
     assert not any(one.requires_grad for one in made.parameters())
 
 
+class Written(nn.Linear):
+    """A product that is written out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...i,oi->...o", x, self.weight) + self.bias
+
+
+def test_a_product_that_is_written_otherwise_is_a_stock_layer_around_its_weight():
+    module, x = Written(9, 7), torch.randn(3, 9)
+    made = plain_of(module)
+    assert type(made) is nn.Linear
+    assert made.weight is module.weight
+    torch.testing.assert_close(made(x), module(x))
+
+
 class Doubled(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
