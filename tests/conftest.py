@@ -15,7 +15,7 @@ from rankfold.sources.models import load_weights_
 
 settings.register_profile("rankfold", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("rankfold")
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from rankfold.network.copies import duplicate, is_compiled, needs_copy, replaced, sharing
-from rankfold.network.costs import unfused
+from rankfold.network.costs import storage_key, unfused
 from rankfold.network.hooks import attached
 from rankfold.network.kinds import base_of, kind_of
 from rankfold.network.passes import Inputs, evaluating, reason_of, run, tensors_in
@@ -170,6 +170,8 @@ def _tried(
         return f"it is no layer with a weight of its own: {error}"
     except Exception as error:
         return f"the network does not run once it is opened: {reason_of(error)}"
+    if _parameters(copied) > _parameters(model):
+        return "opening it would untie weights that are shared"
     if not _same(outputs, wanted):
         return "it computes something else than a layer with its weight"
     told: dict[str, Opening] = {}
@@ -180,6 +182,11 @@ def _tried(
         elif stack.by_rows is not None:
             told[name] = {**opening, "by_rows": stack.by_rows}
     return told
+
+
+def _parameters(model: nn.Module) -> int:
+    """Entries of all parameters, each once that is one in memory."""
+    return sum({storage_key(one): one.numel() for one in model.parameters()}.values())
 
 
 def _same(outputs: list[Tensor], wanted: list[Tensor]) -> bool:
