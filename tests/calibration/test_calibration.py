@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conformance.cases import CASES, Case  # type: ignore[import-not-found]
+from conformance.cases import BATCHED, Case  # type: ignore[import-not-found]
 from torch import nn
 
 from rankfold import DataError
@@ -12,14 +12,14 @@ from rankfold.calibration import moments
 from rankfold.calibration.moments import calibrate
 from rankfold.decompositions.metric import Moment
 from rankfold.network.finding import find_layers
-from rankfold.network.kinds import weight_of
+from rankfold.network.kinds import known_kind, weight_of
 
 
 def calibrated(model: nn.Module, batches: list) -> moments.Calibration:
     return calibrate(model, find_layers(model, batches[0]).found, batches, shrink=False)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+@pytest.mark.parametrize("case", BATCHED, ids=lambda case: case.label)
 def test_energy_in_the_metric_is_that_of_the_layers_output(case: Case):
     """E‖W x‖² over positions is the mean square of the layer's own output, for every kind, stride, padding and group."""
     model = nn.Sequential(case.module).eval()
@@ -32,7 +32,7 @@ def test_energy_in_the_metric_is_that_of_the_layers_output(case: Case):
         for batch in batches:
             bias = case.module.bias
             out = case.module(batch)
-            channel = -1 if isinstance(case.module, nn.Linear) else 1
+            channel = 1 if known_kind(case.module).axes else -1
             if bias is not None:
                 out = out - bias.reshape([-1 if axis == channel % out.ndim else 1 for axis in range(out.ndim)])
             squares += float(out.double().square().sum())

@@ -86,3 +86,6 @@ def _transposed_linear(inputs: int, outputs: int) -> nn.Module:
 
 
 CASES = _cases()
+
+BATCHED = [case for case in CASES if len(case.inputs) > 1 and not isinstance(case.module, (nn.Embedding, Stack))]
+"""The cases whose inputs are a batch of numbers in one tensor."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conformance.cases import CASES, NAMES, Case  # type: ignore[import-not-found]
+from conformance.cases import BATCHED, NAMES, Case  # type: ignore[import-not-found]
 from test_rene import KilledError, killed_after, problem_of
 from torch import nn
 
@@ -58,7 +58,7 @@ def test_losses_are_those_of_equations_five_to_seven(small_cnn: nn.Module, image
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+@pytest.mark.parametrize("case", BATCHED, ids=lambda case: case.label)
 def test_it_runs_on_every_layer_kind_and_decomposition(case: Case, name: str):
     model = nn.Sequential(case.module, nn.Flatten()).eval()
     inputs = torch.randn(case.inputs, generator=torch.Generator().manual_seed(0))

@@ -188,9 +188,9 @@ def test_history_cools_to_one_candidate_per_layer(small_cnn: nn.Module, image: t
 
 
 def test_divergence_is_zero_at_the_teacher_and_sees_every_layer_kind():
-    from conformance.cases import CASES  # type: ignore[import-not-found]
+    from conformance.cases import BATCHED  # type: ignore[import-not-found]
 
-    for case in CASES:
+    for case in BATCHED:
         model = nn.Sequential(case.module).eval()
         inputs = torch.randn(case.inputs, generator=torch.Generator().manual_seed(0))
         found = find_layers(model, inputs).found
