@@ -221,9 +221,32 @@ def main() -> None:
             continue
         body = f"\n{calibrations(part, stages=False)}\n\n{source(part)}"
         fill(ROOT / "docs" / "calibration.md", marker, body)
+    if records := newest("architectures"):
+        fill(ROOT / "docs" / "architectures.md", "architectures", f"\n{architectures(records)}\n\n{source(records)}")
     records = newest("published_against_exact")
     fill(ROOT / "docs" / "search.md", "published", f"\n{against()}\n\n{source(records)}")
     _fill_training()
+
+
+def architectures(records: list[dict[str, Any]]) -> str:
+    """What came of every architecture, a row each."""
+    header = ["network", "family", "from", "parameters", "kept", "in reach", "seconds", "exported", "result"]
+    rows = [
+        [
+            one["name"],
+            one["family"],
+            one["library"],
+            f"{one['params_before'] / 1e6:.2f} M" if "params_before" in one else "–",
+            f"{100 * one['params_after'] / one['params_before']:.1f} %" if "params_after" in one else "–",
+            f"{100 * one['within_reach']:.0f} %" if "within_reach" in one else "–",
+            f"{one['seconds']:.1f}" if "seconds" in one else "–",
+            "as little as the original" if one.get("export", "").startswith("nor") else one.get("export", "no"),
+            one["result"].partition(". (")[0].replace("|", "/"),
+        ]
+        for one in records
+    ]
+    passed = sum(one["result"] == "pass" for one in records)
+    return f"{passed} of {len(records)} pass.\n\n{table(header, rows)}"
 
 
 def _fill_training() -> None:
