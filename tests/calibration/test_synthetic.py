@@ -114,3 +114,21 @@ def test_what_cannot_be_made_is_said():
     assert advice(model, numbers)[0] == "none"
     with pytest.raises(DataError, match="give a few unlabelled inputs"):
         synthetic_like(model, numbers)
+
+
+class OfFour(nn.Module):
+    """A network that takes batches of four alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 5)
+        nn.init.uniform_(self.norm.running_var, 0.5, 2.0)
+        self.register_buffer("state", torch.zeros(4, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.norm(self.first(x)).relu().mean((2, 3))) + self.state
+
+
+def test_batches_have_the_examples_size_where_the_network_takes_no_other():
+    made = synthetic_like(OfFour().eval(), torch.zeros(4, 3, 8, 8), 10)
+    assert [len(batch) for batch in made] == [4, 4, 4]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from rankfold.errors import DataError
 from rankfold.network.hooks import attached
-from rankfold.network.passes import Inputs, arguments_of, copied, describe_inputs, evaluating, seeded
+from rankfold.network.passes import Inputs, arguments_of, copied, describe_inputs, evaluating, run, seeded
 from rankfold.network.tracing import holds_statistics
 from rankfold.progress import Progress, silent
 
@@ -107,18 +107,35 @@ def synthetic_like(
     """
     shape = input_shape(example_inputs)
     if shape is not None:
-        return synthetic_inputs(model, shape, count or usual_count(shape), seed=seed, progress=progress)
+        args, kwargs = arguments_of(example_inputs)
+        (example,) = (*args, *kwargs.values())
+        batch = _batch_size(model, len(example), lambda rows: torch.cat([example] * (rows // len(example))))
+        return synthetic_inputs(
+            model, shape, count or usual_count(shape), seed=seed, batch_size=batch, progress=progress
+        )
     tokens = _tokens(model, example_inputs)
     if tokens is None:
         raise DataError(
             f"synthetic inputs are made for one tensor of numbers, or tokens, not {describe_inputs(example_inputs)}; "
             "give a few unlabelled inputs as calibration"
         )
-    return random_tokens(example_inputs, *tokens, count, seed=seed)
+
+    def repeated(rows: int) -> Inputs:
+        return random_tokens(example_inputs, *tokens, rows, batch_size=rows)[0]
+
+    rows = len(_arguments(example_inputs)[tokens[0]])
+    batch = _batch_size(model, rows, repeated)
+    return random_tokens(example_inputs, *tokens, count, seed=seed, batch_size=batch)
 
 
 def random_tokens(
-    example_inputs: Inputs, place: int | str, vocabulary: int, count: int | None = None, *, seed: int = 0
+    example_inputs: Inputs,
+    place: int | str,
+    vocabulary: int,
+    count: int | None = None,
+    *,
+    seed: int = 0,
+    batch_size: int = BATCH,
 ) -> list[Inputs]:
     """Batches like the example inputs, with uniformly drawn tokens in the argument at `place`, a position or a name.
 
@@ -130,8 +147,9 @@ def random_tokens(
     count = count or max(FEWEST, min(SAMPLES, TOKENS // length))
     generator = torch.Generator().manual_seed(seed)
     batches: list[Inputs] = []
-    for start in range(0, count, BATCH):
-        chosen = torch.arange(start, min(start + BATCH, count)) % rows
+    for start in range(0, count, batch_size):
+        end = min(start + batch_size, count) if batch_size == BATCH else start + batch_size
+        chosen = torch.arange(start, end) % rows
         batch = {
             key: value[chosen.to(value.device)] if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
             for key, value in given.items()
@@ -172,6 +190,15 @@ def _tokens(model: nn.Module, example_inputs: Inputs) -> tuple[int | str, int] |
     return max(read, key=lambda one: one[1], default=None)
 
 
+def _batch_size(model: nn.Module, rows: int, repeated: Callable[[int], Inputs]) -> int:
+    """`BATCH`, or the number of rows in the example where the network runs on no other number."""
+    try:
+        run(model, repeated(2 * rows))
+    except Exception:
+        return rows
+    return BATCH
+
+
 def usual_count(shape: tuple[int, ...]) -> int:
     """How many inputs of a shape are made by default: `SAMPLES`, fewer of large ones, which hold more positions."""
     return max(FEWEST, min(SAMPLES, POSITIONS // max(math.prod(shape[1:]), 1)))
@@ -184,6 +211,7 @@ def synthetic_inputs(
     *,
     seed: int = 0,
     steps: int = STEPS,
+    batch_size: int = BATCH,
     progress: Progress = silent,
 ) -> list[Tensor]:
     """Batches of synthetic inputs, matched to the statistics that the network's batch norms hold, if it has any.
@@ -191,7 +219,9 @@ def synthetic_inputs(
     The same seed gives the same inputs. The model is left as it is.
     """
     generator = torch.Generator().manual_seed(seed)
-    sizes = [min(BATCH, count - start) for start in range(0, count, BATCH)]
+    sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
+    if batch_size != BATCH:  # the network takes batches of this size alone
+        sizes = [batch_size] * len(sizes)
     white = [torch.randn(size, *shape, generator=generator) for size in sizes]
     place = next(p for p in model.parameters() if p.is_floating_point())
     norms, made = _norms(model), []
