@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import run
 
-from rankfold.cli import main
 from rankfold.files.artifact import load_plan, load_trace
 
 FACTORY = """
@@ -32,17 +32,6 @@ def number():
 def factory(tmp_path: Path) -> str:
     (tmp_path / "nets.py").write_text(FACTORY)
     return f"{tmp_path / 'nets.py'}:small"
-
-
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["rankfold", *args])
-    code = 0
-    try:
-        main()
-    except SystemExit as done:
-        code = int(done.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def test_compress_and_evaluate_in_json(factory: str, npz: Path, tmp_path: Path, capsys, monkeypatch):

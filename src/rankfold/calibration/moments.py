@@ -23,7 +23,7 @@ from rankfold.decompositions.wiring import LayerShape
 from rankfold.errors import DataError
 from rankfold.network.hooks import attached
 from rankfold.network.kinds import known_kind, shape_of
-from rankfold.network.passes import Inputs, arguments_of, describe_inputs, run
+from rankfold.network.passes import Inputs, arguments_of, describe_inputs, reason_of, run
 from rankfold.plan import LayerSpec
 from rankfold.progress import Progress, silent
 
@@ -218,9 +218,8 @@ def forward_batch(model: nn.Module, batch: Inputs, number: int) -> None:
     try:
         run(model, batch)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"calibration batch {number}, {describe_inputs(batch)}, does not fit the model: {reason}"
+            f"calibration batch {number}, {describe_inputs(batch)}, does not fit the model: {reason_of(error)}"
         ) from error
 
 

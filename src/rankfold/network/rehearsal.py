@@ -27,7 +27,7 @@ from rankfold.network.factorised import Factorised
 from rankfold.network.kinds import shape_of
 from rankfold.network.layouts import empty_factors
 from rankfold.network.opening import open_, within
-from rankfold.network.passes import Inputs
+from rankfold.network.passes import Inputs, reason_of
 from rankfold.network.surgery import opened_for, swapped
 from rankfold.network.tracing import uses
 from rankfold.plan import LayerPlan, Plan
@@ -113,7 +113,7 @@ def _tried(model: nn.Module, plan: Plan, inputs: Inputs) -> Rehearsal | str:
                 return Rehearsal(cost, {}, depends=True)
             return f"with factors in its place the network has {cost.macs:,} MACs, not {expected.macs:,}"
     except ModelError as error:
-        return f"the network does not run with factors in its place ({_cause(error)})"
+        return f"the network does not run with factors in its place ({reason_of(error.__cause__ or error)})"
     return f"with factors in its place the network has {cost.params:,} parameters, not {expected.params:,}"
 
 
@@ -144,7 +144,3 @@ def _random_factors(model: nn.Module, layer: LayerPlan, seed: int) -> Factors:
         columns = factor[0].numel() // (factor.shape[1 + letters.index("o")] if "o" in letters else 1)
         made.append(torch.randn(factor.shape, generator=generator) / math.sqrt(max(columns, 1)))
     return tuple(made)
-
-
-def _cause(error: ModelError) -> str:
-    return str(error).rpartition(": ")[2] if error.__cause__ is None else f"{error.__cause__}".strip().split("\n")[0]
