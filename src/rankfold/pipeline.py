@@ -27,7 +27,9 @@ from rankfold.plan import KNOWN_PLAN, Plan
 from rankfold.planning import Decompositions, Task, assign, feasible_plan, measure, placed
 from rankfold.progress import Progress, silent
 from rankfold.search import Search
+from rankfold.search.prices import POWER
 from rankfold.search.trace import Trace
+from rankfold.units import about_means, hidden_channels, measure_widths, with_prices
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def compress(
     calibration: str | Calibration | Iterable[Any] | None = "auto",
     calibration_samples: int | None = None,
     sequential: bool = True,
+    align: int | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
     progress: Progress = silent,
@@ -102,12 +105,18 @@ def compress(
         whole.model, layers, example_inputs, calibration, samples=calibration_samples, budget=budget, progress=progress
     )
     curves = measure(whole.model, layers, choices, units=budget.units, moments=known.moments, progress=progress)
-    task = Task(model, example_inputs, whole, budget, placed(search, whole.model), before, include is not None)
-    found = feasible_plan(task, layers, curves, progress=progress)
     in_order = sequential and bool(known.inputs) and not math.isfinite(budget.largest_error)
+    sets = hidden_channels(whole.model, example_inputs, layers, choices)
+    about = about_means(whole.model, example_inputs, known.moments, sets.found) if in_order else known.moments
+    widths, layers = measure_widths(whole.model, layers, sets, align=align, moments=about, progress=progress)
+    power = 1.0
+    if widths and in_order:
+        (curves, widths), power = with_prices(whole.model, curves, widths, known, progress), POWER
+    task = Task(model, example_inputs, whole, budget, placed(search, whole.model), before, include is not None, power)
+    found = feasible_plan(task, layers, curves, widths, progress=progress)
     settings = {**_provenance(known, in_order), "decomposition": _as_json(decomposition)}
     plan = replace(found.plan, settings={**found.plan.settings, **settings})
-    student, plan = apply_plan(model, plan, factors=found.factors, moments=known.moments, progress=progress)
+    student, plan = apply_plan(model, plan, factors=found.factors, moments=known.moments, rebuilding=about, progress=progress)
     if in_order:
         plan = refit_(student, whole.model, plan, known.inputs, moments=known.moments, progress=progress)
     plan = verified(model, student, plan, example_inputs)

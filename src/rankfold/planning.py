@@ -11,7 +11,6 @@ from torch import nn
 
 from rankfold.budget import UNITS, Budget, Cost
 from rankfold.decompositions import DECOMPOSITIONS, Factors
-from rankfold.decompositions import decomposition as known_decomposition
 from rankfold.decompositions.metric import IDENTITY, Moment
 from rankfold.errors import BudgetError, ModelError, UnknownNameError
 from rankfold.network.finding import Layers, matches
@@ -19,7 +18,7 @@ from rankfold.network.kinds import weight_of
 from rankfold.network.opening import Opened, within
 from rankfold.network.passes import Inputs
 from rankfold.network.rehearsal import rehearse
-from rankfold.plan import LayerPlan, LayerSpec, Plan
+from rankfold.plan import INTERPOLATIVE, LayerSpec, Plan, channels_named
 from rankfold.progress import Progress, silent
 from rankfold.search import Problem, Search, settle
 from rankfold.search import search as known_search
@@ -27,6 +26,8 @@ from rankfold.search.candidates import measure_layer, smallest_form
 from rankfold.search.curves import Curve
 from rankfold.search.network_objectives import NetworkObjective
 from rankfold.search.trace import Trace
+from rankfold.search.units import UnitCurve, Width
+from rankfold.units import dense_cost, fitted_factors, members, narrowings_of, planned, united
 
 Decompositions = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 """A name, several to choose from layer by layer, "auto" for all, or a mapping from name patterns to any of these."""
@@ -45,7 +46,8 @@ class Found:
 class Task:
     """What a plan is sought for: a network on example inputs, as it is and opened, and a budget.
 
-    `whole_choice` says that the user named the layers, embeddings among them or not.
+    `whole_choice` says that the user named the layers, embeddings among them or not; `power` to what power errors are
+    summed.
     """
 
     model: nn.Module
@@ -55,12 +57,15 @@ class Task:
     search: str | Search
     before: Cost
     whole_choice: bool
+    power: float = 1.0
 
 
-def feasible_plan(task: Task, layers: Layers, curves: Sequence[Curve], *, progress: Progress = silent) -> Found:
+def feasible_plan(
+    task: Task, layers: Layers, curves: Sequence[Curve], widths: Sequence[Width] = (), *, progress: Progress = silent
+) -> Found:
     """The plan a search finds, with every layer left out that rehearsing it shows not to be replaceable.
 
-    Embeddings are decomposed where the user chose the layers, or where the budget cannot be met without. Raises
+    Channels of `widths` may go, if rehearsing it does not show that the network breaks without them. Embeddings are decomposed where the user chose the layers, or where the budget cannot be met without. Raises
     BudgetError, naming what was left out, where there is no plan.
     """
     refused: dict[str, str] = {}
@@ -68,17 +73,19 @@ def feasible_plan(task: Task, layers: Layers, curves: Sequence[Curve], *, progre
     if len(held) == len(curves):
         held = {}
     while True:
-        left = [curve for curve in curves if curve.layer.name not in {**refused, **held}]
+        gone = {**refused, **held}
+        left = united(curves, [one for one in widths if channels_named(one.channels.name) not in gone], gone, task.budget)
         if not left:
             reasons = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in refused.items())
             raise ModelError(f"no layer can be replaced: {reasons}")
         try:
             found = search_plan(
                 left,
-                layers.without({**refused, **held}),
+                layers.without(gone),
                 task.before,
                 budget=task.budget,
                 search=task.search,
+                power=task.power,
                 progress=progress,
             )
         except BudgetError as error:
@@ -90,7 +97,7 @@ def feasible_plan(task: Task, layers: Layers, curves: Sequence[Curve], *, progre
             named = ", ".join(f"{name} ({reason})" for name, reason in refused.items())
             raise BudgetError(f"{error}; these layers cannot be replaced: {named}") from None
         progress("rehearsing the plan", 0, 1)
-        opened = within(task.opened.openings, [layer.name for layer in found.plan.decomposed])
+        opened = within(task.opened.openings, [layer.name for layer in found.plan.changed])
         plan = replace(found.plan, opened=opened)
         rehearsal = rehearse(task.model, plan, task.inputs)
         progress("rehearsing the plan", 1, 1)
@@ -159,7 +166,8 @@ def measure(
         progress("measuring layers", done, len(layers.found))
         weight = weight_of(model.get_submodule(layer.name))
         moment = (moments or {}).get(layer.name, IDENTITY)
-        curves.append(measure_layer(layer, weight, choices[layer.name], units=units, moment=moment))
+        names = [name for name in choices[layer.name] if name != INTERPOLATIVE]
+        curves.append(measure_layer(layer, weight, names, units=units, moment=moment))
     progress("measuring layers", len(layers.found), len(layers.found))
     return tuple(curves)
 
@@ -178,6 +186,7 @@ def search_plan(
     *,
     budget: Budget,
     search: str | Search = "exact",
+    power: float = 1.0,
     progress: Progress = silent,
 ) -> Found:
     """What a search finds within the budget; raises BudgetError where there is no plan.
@@ -185,13 +194,20 @@ def search_plan(
     Where the budget limits the error, every chosen candidate is fitted before it is relied on.
     """
     progress("searching ranks", 0, 1)
-    problem = pose(curves, before, budget)
+    problem = replace(pose(curves, before, budget), power=power)
     find = known_search(search) if isinstance(search, str) else search
     selection = settle(problem, find, progress)
     progress("searching ranks", 1, 1)
     chosen = selection.curves or problem.curves
-    planned = tuple(_planned(curve, k, problem.starts) for curve, k in zip(chosen, selection.choices, strict=True))
-    after = reduce(Cost.__add__, (layer.after for layer in planned), problem.fixed)
+    pairs = list(zip(chosen, selection.choices, strict=True))
+    order = {layer.name: place for place, layer in enumerate(layers.found)}
+    entries = [layer for curve, k in pairs for layer in planned(curve, k, problem.starts)]
+    entries.sort(key=lambda layer: order.get(layer.name, 0))
+    narrowings = tuple(one for curve, k in pairs if isinstance(curve, UnitCurve) for one in narrowings_of(curve, k))
+    through = (one.channels.through for curve in chosen if isinstance(curve, UnitCurve) for one in curve.sets)
+    after = reduce(Cost.__add__, (layer.after for layer in entries), problem.fixed)
+    after = reduce(Cost.__add__, through, after)
+    after = reduce(Cost.__add__, (one.after - one.before for one in narrowings), after)
     settings = {
         "search": search if isinstance(search, str) else repr(search),
         "budget": dict(budget.given),
@@ -199,25 +215,24 @@ def search_plan(
         "objective": selection.objective,
         "bound": selection.bound,
     }
-    hopeless = {curve.layer.name: no_gain(curve) for curve in curves if len(curve) == 1}
-    plan = Plan(planned, {**layers.skipped, **hopeless}, before, after, settings)
-    pairs = zip(chosen, selection.choices, strict=True)
-    fitted = {curve.layer.name: factors for curve, k in pairs if (factors := curve.factors(k)) is not None}
-    return Found(plan, selection.trace, fitted)
+    hopeless = {curve.layer.name: no_gain(curve) for curve in members(curves) if len(curve) == 1}
+    for layer in entries:
+        hopeless.pop(layer.name, None)
+    plan = Plan(tuple(entries), {**layers.skipped, **hopeless}, before, after, settings, narrowings=narrowings)
+    return Found(plan, selection.trace, fitted_factors(pairs, {layer.name for layer in entries if layer.narrowed}))
 
 
 def pose(curves: Sequence[Curve], before: Cost, budget: Budget) -> Problem:
     """The search problem of a budget: which candidate for each curve that has a choice."""
-    dense = reduce(Cost.__add__, (curve.layer.dense for curve in curves), Cost(0, 0, 0))
-    fixed = before - dense
+    fixed = before - reduce(Cost.__add__, map(dense_cost, curves), Cost(0, 0, 0))
     useful = tuple(curve for curve in curves if len(curve) > 1)
-    kept_whole = reduce(Cost.__add__, (curve.layer.dense for curve in curves if len(curve) == 1), Cost(0, 0, 0))
+    kept_whole = reduce(Cost.__add__, (dense_cost(curve) for curve in curves if len(curve) == 1), Cost(0, 0, 0))
     return Problem(
         useful,
         budget.limits(before),
         fixed + kept_whole,
         before,
-        error=budget.largest_error * len(useful),
+        error=budget.largest_error * len(members(useful)),
         minimise=budget.minimised,
     )
 
@@ -228,32 +243,17 @@ def no_gain(curve: Curve) -> str:
     return f"no rank makes it smaller: {forms}"
 
 
-def _planned(curve: Curve, choice: int, starts: int) -> LayerPlan:
-    """The plan's entry for a curve's chosen candidate."""
-    layer = curve.layer
-    params, macs = int(curve.costs["params"][choice]), int(curve.costs["macs"][choice])
-    return LayerPlan(
-        name=layer.name,
-        kind=layer.kind,
-        weight=layer.weight,
-        decomposition=curve.methods[choice],
-        ranks=curve.ranks[choice],
-        before=layer.dense,
-        after=layer.cost(params, macs),
-        aliases=layer.aliases,
-        predicted_error=float(curve.errors[choice]),
-        starts=starts,
-    )
-
-
 def _names(given: str | Sequence[str]) -> tuple[str, ...]:
     """The decompositions a user's choice stands for."""
     if given == "auto":
-        return tuple(DECOMPOSITIONS)
+        return (*DECOMPOSITIONS, INTERPOLATIVE)
     names = (given,) if isinstance(given, str) else tuple(given)
     if not names:
-        raise ModelError(f"no decomposition given; name one of {', '.join(DECOMPOSITIONS)}, or 'auto'")
-    return tuple(known_decomposition(name).name for name in names)
+        raise ModelError(f"no decomposition given; name one of {', '.join(DECOMPOSITIONS)}, {INTERPOLATIVE}, or 'auto'")
+    for name in names:
+        if name not in DECOMPOSITIONS and name != INTERPOLATIVE:
+            raise UnknownNameError("decomposition", name, (*DECOMPOSITIONS, INTERPOLATIVE))
+    return names
 
 
 def _first_match(layer: LayerSpec, mapping: Mapping[str, str | Sequence[str]]) -> str | Sequence[str] | None:

@@ -16,30 +16,40 @@ calibration inputs differ from those of training.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from rankfold.calibration.moments import LARGEST_MOMENT, MomentSum, forward_batch, patches_of
-from rankfold.decompositions import Factors, metric_error, reconstruct, wiring_of
+from rankfold.calibration.moments import LARGEST_MOMENT, MomentSum, forward_batch, patches_of, thinning_of
+from rankfold.calibration.walks import Walk, walking
+from rankfold.decompositions import wiring_of
+from rankfold.decompositions.interpolative import by_group
 from rankfold.decompositions.metric import IDENTITY, Moment
 from rankfold.decompositions.refine import refine
-from rankfold.decompositions.wiring import LayerShape, Wiring
+from rankfold.decompositions.wiring import LayerShape
+from rankfold.network.copies import sharing
 from rankfold.network.hooks import attached
 from rankfold.network.kinds import known_kind, shape_of, stage_factors, weight_of, weights_of_stages
 from rankfold.network.layouts import write_factors_
-from rankfold.network.passes import Inputs
+from rankfold.network.narrowing import composed_weight, narrow_, narrowed_error, rows_of, write_weight_
+from rankfold.network.passes import Inputs, evaluating, tensors_in
 from rankfold.network.tracing import followed
 from rankfold.plan import LayerPlan, Plan
 from rankfold.progress import Progress, silent
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e3)
 """λ as a share of the mean square of the inputs: the one that two-fold cross-validation over examples prefers."""
+SHARE = 0.5
+"""Part of the free memory that passes may hold while they wait."""
+HELD = 4
+"""How many times as much a pass holds, about, as its largest call takes and gives."""
 LARGEST_CHANGE = 16.0
 """Most by which the variance that a batch norm holds is multiplied or divided."""
 
@@ -75,19 +85,45 @@ def refit_(
     fit the model.
     """
     errors = {}
-    places = _in_order(model, plan, batches)
-    for done, place in enumerate(places):
-        progress("fitting in forward order", done, len(places))
-        halves = _collected(student, model, place, batches)
-        module, stages = (one.get_submodule(place.layer.name) for one in (model, student))
-        wiring = wiring_of(cast(str, place.layer.decomposition), shape_of(module))
-        found = _fitted(module, stages, wiring, place, halves)
-        weight, moment = weight_of(module).double(), (moments or {}).get(place.layer.name, IDENTITY)
-        errors[place.layer.name] = metric_error(weight, wiring, found, moment)
-        if place.calls == 1:
-            _recentre_(student, model, place, halves[0] + halves[1], reconstruct(wiring, found))
-    progress("fitting in forward order", len(places), len(places))
+    skeleton = narrow_(sharing(model), plan.narrowings) if plan.narrowings else model
+    pair = _Networks(model, student, skeleton, plan)
+    with evaluating(model), evaluating(student), _passes(pair, batches) as passes:
+        for done, place in enumerate(passes.places):
+            progress("fitting in forward order", done, len(passes.places))
+            halves = _collected(pair, place, passes.seen(place))
+            found = _fitted(pair, place, halves)
+            if place.calls == 1:
+                _recentre_(pair, place, halves[0] + halves[1], found)
+            layer, moment = place.layer, (moments or {}).get(place.layer.name, IDENTITY)
+            if layer.narrowed:
+                errors[layer.name] = narrowed_error(model, student, plan, layer, moment)
+            else:
+                weight = weight_of(model.get_submodule(layer.name)).double()
+                errors[layer.name] = float(moment.energy(weight - found) / moment.energy(weight).clamp_min(1e-300))
+        progress("fitting in forward order", len(passes.places), len(passes.places))
     return plan.with_layers(tuple(replace(one, error=errors.get(one.name, one.error)) for one in plan.layers))
+
+
+@dataclass(frozen=True)
+class _Networks:
+    """The original, the student, and the original as narrow as the student: its layers say how theirs are called."""
+
+    model: nn.Module
+    student: nn.Module
+    skeleton: nn.Module
+    plan: Plan
+
+    def rows(self, place: _Place, output: Tensor, thinning: slice) -> Float[Tensor, "g positions o"]:
+        """What a layer of the original gave, one row per position, of the outputs that the student has."""
+        module = self.model.get_submodule(place.layer.name)
+        rows = _rows(module, output, thinning)
+        if not place.layer.narrowed:
+            return rows
+        shape = shape_of(module)
+        kept = rows_of(self.plan.narrowings, place.layer.name, shape.groups * shape.outputs)
+        if shape.depthwise:
+            return rows[kept]
+        return torch.stack([rows[g][:, one] for g, one in enumerate(by_group(kept, shape.groups, shape.outputs))])
 
 
 class _Pairs:
@@ -148,41 +184,101 @@ def _is_refitted(module: nn.Module) -> bool:
     return not (kind.lookup or kind.stacked or wide)
 
 
+class _Passes:
+    """The passes of two networks over the same batches, from which a layer's outputs and inputs are taken in order.
+
+    Batches whose passes can wait in memory are run once; the others, and all for layers that are called more than once,
+    from the start for every layer.
+    """
+
+    def __init__(self, pair: _Networks, batches: Iterable[Inputs], places: list[_Place]) -> None:
+        self.pair, self.batches, self.places = pair, batches, places
+        self.walks: dict[int, tuple[Walk, Walk]] = {}
+
+    def seen(self, place: _Place) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """For every call of a layer the batch's number, what the original gives, and what goes into the student."""
+        number = self.places.index(place)
+        for count, batch in enumerate(self.batches):
+            if place.calls == 1 and count in self.walks:
+                original, student = self.walks[count]
+                output, x = original.to(number), student.to(number)
+                if output is not None and x is not None:
+                    yield count, output, x
+                continue
+            given = _seen(self.pair.model, place, batch, count)
+            for (_, output), (x, _) in zip(given, _seen(self.pair.student, place, batch, count), strict=True):
+                yield count, output, x
+
+
+@contextmanager
+def _passes(pair: _Networks, batches: Iterable[Inputs]) -> Iterator[_Passes]:
+    """The passes over the batches, as many of them waiting as half of the memory that is free allows."""
+    places, size = _in_order(pair.model, pair.plan, batches)
+    passes = _Passes(pair, batches, places)
+    waiting = list(islice(enumerate(batches), max(0, int(free_memory() * SHARE / max(size, 1)))))
+    stops = {place.layer.name: number for number, place in enumerate(places) if place.calls == 1}
+
+    def walks(model: nn.Module, *, outputs: bool) -> Any:
+        modules = {model.get_submodule(name): number for name, number in stops.items()}
+        return walking(model, modules, lambda batch, k: forward_batch(model, batch, k), waiting, outputs=outputs)
+
+    with walks(pair.model, outputs=True) as original, walks(pair.student, outputs=False) as student:
+        pairs = zip(waiting, original, student, strict=True)
+        passes.walks = {count: (one, other) for (count, _), one, other in pairs}
+        yield passes
+
+
 class _Reached(BaseException):
     """Ends a pass behind the layer that it was made for; not an Exception, so that no model catches it."""
 
 
-def _in_order(model: nn.Module, plan: Plan, batches: Iterable[Inputs]) -> list[_Place]:
-    """The decomposed layers that are called, in the order of their first call.
+def _in_order(model: nn.Module, plan: Plan, batches: Iterable[Inputs]) -> tuple[list[_Place], int]:
+    """The changed layers that are called, in the order of their first call; and bytes that two passes hold, about.
 
     Embeddings have no inputs to be fitted to, and experts may see others than the original's do: both stay as they are,
     as do matrices too wide for their moment to be kept whole.
     """
-    owners = {model.get_submodule(path): layer for layer in plan.decomposed for path in (layer.name, *layer.aliases)}
+    owners = {model.get_submodule(path): layer for layer in plan.changed for path in (layer.name, *layer.aliases)}
     apart = {layer for module, layer in owners.items() if not _is_refitted(module)}
     owners = {module: layer for module, layer in owners.items() if layer not in apart}
-    order, followers = followed(model, owners, lambda: forward_batch(model, next(iter(batches)), 0))
+    sizes = [0]
+
+    def measure(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        sizes.append(sum(one.numel() * one.element_size() for one in tensors_in([*args, output])))
+
+    with attached(module.register_forward_hook(measure) for module in model.modules()):
+        order, followers = followed(model, owners, lambda: forward_batch(model, next(iter(batches)), 0))
     calls: dict[LayerPlan, int] = {}
     for module in order:
         calls[owners[module]] = calls.get(owners[module], 0) + 1
     norms = {owners[module]: norm for module, norm in followers.items()}
-    return [_Place(layer, count, norms.get(layer)) for layer, count in calls.items()]
+    return [_Place(layer, count, norms.get(layer)) for layer, count in calls.items()], 2 * HELD * max(sizes)
 
 
-def _collected(student: nn.Module, model: nn.Module, place: _Place, batches: Iterable[Inputs]) -> tuple[_Pairs, _Pairs]:
+def free_memory() -> int:
+    """Bytes of memory that are free, where the system tells; else four gigabytes."""
+    try:
+        with Path("/proc/meminfo").open(encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return 4 * 2**30
+
+
+def _collected(
+    pair: _Networks, place: _Place, seen: Iterable[tuple[int, Tensor, Tensor]]
+) -> tuple[_Pairs, _Pairs]:
     """The sums of a place over two halves of the examples."""
-    module = model.get_submodule(place.layer.name)
+    module, original = (one.get_submodule(place.layer.name) for one in (pair.skeleton, pair.model))
     halves = _Pairs(shape_of(module)), _Pairs(shape_of(module))
-    for number, batch in enumerate(batches):
-        given = _seen(model, place, batch, number)
-        for (_, output), (x, _) in zip(given, _seen(student, place, batch, number), strict=True):
-            rows, start = _rows(module, output), 0
-            for part in patches_of(module, x):
-                middle, end = start + (part.shape[1] + number % 2) // 2, start + part.shape[1]
-                patches = part.to(rows.dtype)
-                halves[0].add(rows[:, start:middle], patches[:, : middle - start])
-                halves[1].add(rows[:, middle:end], patches[:, middle - start :])
-                start = end
+    for number, output, x in seen:
+        thinning = thinning_of(original, output, number)
+        rows, start = pair.rows(place, output, thinning), 0
+        for part in patches_of(module, x, thinning):
+            middle, end = start + (part.shape[1] + number % 2) // 2, start + part.shape[1]
+            patches = part.to(rows.dtype)
+            halves[0].add(rows[:, start:middle], patches[:, : middle - start])
+            halves[1].add(rows[:, middle:end], patches[:, middle - start :])
+            start = end
     return halves
 
 
@@ -203,22 +299,26 @@ def _seen(model: nn.Module, place: _Place, batch: Inputs, number: int) -> list[t
     return seen
 
 
-def _fitted(
-    module: nn.Module, stages: nn.Module, wiring: Wiring, place: _Place, halves: tuple[_Pairs, _Pairs]
-) -> Factors:
-    """The factors fitted to the sums and written into the stages; as they are stored there, in float64."""
-    weight, bias, pairs = weight_of(module).double().cpu(), cast("Tensor | None", module.bias), halves[0] + halves[1]
-    start = tuple(one.detach().double().cpu() for one in stage_factors(stages, module, wiring, place.layer.ranks))
+def _fitted(pair: _Networks, place: _Place, halves: tuple[_Pairs, _Pairs]) -> Float64[Tensor, "g o i *taps"]:
+    """The weight that a layer has once it is fitted to the sums, or that its factors stand for, as it is stored."""
+    layer, pairs = place.layer, halves[0] + halves[1]
+    module, own = (one.get_submodule(layer.name) for one in (pair.skeleton, pair.student))
+    bias = cast("Tensor | None", own.bias)
+    weight = (composed_weight(own) if layer.narrowed else weight_of(module)).double().cpu()
     if pairs.inputs.joint is not None and bool(pairs.inputs.joint.any()):
         centred = place.calls == 1 and (bias is not None or place.norm is not None)
         seen = all(half.inputs.positions > 1 for half in halves)
         ridge = _best_ridge(weight, *(half.moments(centred, bias) for half in halves)) if seen else RIDGES[-1]
         square, cross = pairs.moments(centred, bias)
         target = _regressed(weight, square, cross, [ridge])[0]
-        fitted = refine(target, wiring, start, Moment(joint=square, positions=pairs.inputs.positions).shrunk())
-        write_factors_(weights_of_stages(stages), shape_of(module), wiring, fitted)
-    stored = stage_factors(stages, module, wiring, place.layer.ranks)
-    return tuple(one.detach().to(weight_of(module).double()) for one in stored)
+        if layer.decomposition is None:
+            write_weight_(own, target)
+        else:
+            wiring = wiring_of(layer.decomposition, shape_of(module))
+            start = tuple(one.detach().double().cpu() for one in stage_factors(own, module, wiring, layer.ranks))
+            fitted = refine(target, wiring, start, Moment(joint=square, positions=pairs.inputs.positions).shrunk())
+            write_factors_(weights_of_stages(own), shape_of(module), wiring, fitted)
+    return composed_weight(own).detach().to(weight_of(module).device).double()
 
 
 def _best_ridge(weight: Tensor, *halves: tuple[Tensor, Tensor]) -> float:
@@ -246,18 +346,17 @@ def _regressed(
     return [(one @ vectors.mT).reshape(weight.shape) for one in found]
 
 
-def _recentre_(student: nn.Module, model: nn.Module, place: _Place, pairs: _Pairs, weight: Tensor) -> None:
+def _recentre_(pair: _Networks, place: _Place, pairs: _Pairs, weight: Tensor) -> None:
     """Gives the mean that the outputs lost to the layer's bias or batch norm, and the variance to the batch norm."""
-    weight = weight.cpu()
-    last = list(student.get_submodule(place.layer.name).children())[-1]
-    bias = cast("nn.Parameter | None", last.bias)
+    weight, own = weight.cpu(), pair.student.get_submodule(place.layer.name)
+    bias = cast("nn.Parameter | None", own.bias)
     mean = (weight.flatten(2) @ pairs.input_mean[..., None])[..., 0]
     lost = (pairs.output_mean - mean).flatten()
     if bias is not None:
         bias.data.copy_(lost)
     if place.norm is None:
         return
-    norm, original = (cast(nn.BatchNorm2d, one.get_submodule(place.norm)) for one in (student, model))
+    norm, original = (cast(nn.BatchNorm2d, one.get_submodule(place.norm)) for one in (pair.student, pair.skeleton))
     held_mean, held_variance = cast(Tensor, original.running_mean), cast(Tensor, original.running_var)
     if bias is None:
         cast(Tensor, norm.running_mean).copy_(held_mean - lost.to(held_mean))
@@ -268,13 +367,13 @@ def _recentre_(student: nn.Module, model: nn.Module, place: _Place, pairs: _Pair
     cast(Tensor, norm.running_var).copy_(held_variance * change.to(held_variance))
 
 
-def _rows(module: nn.Module, output: Tensor) -> Float[Tensor, "g positions o"]:
+def _rows(module: nn.Module, output: Tensor, thinning: slice) -> Float[Tensor, "g positions o"]:
     """A layer's output as one row per position, group by group, in the order of its patches; float32 at least."""
     output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
     axes, groups = known_kind(module).axes, shape_of(module).groups
     if axes == 0:
-        return output.reshape(1, -1, output.shape[-1])
-    batched = output if output.ndim == axes + 2 else output[None]
+        return output.reshape(-1, output.shape[-1])[thinning][None]
+    batched = (output if output.ndim == axes + 2 else output[None])[:, :, thinning]
     return batched.unflatten(1, (groups, -1)).flatten(3).permute(1, 0, 3, 2).flatten(1, 2)
 
 

@@ -37,6 +37,10 @@ LARGEST_SKETCH = 1024
 """Rows that are kept of the inputs of a Linear whose moment is larger than that, patches or sums of them."""
 UNSEEN = 0.1
 """Share of the mean over experts that is added to the moment of each: one that saw no inputs has some metric then."""
+ENOUGH = 16384
+"""Patches that are looked at in a batch in any case."""
+PER_ENTRY = 4
+"""Patches that are looked at in a batch for each of their entries, where there are so many."""
 _CHUNK = 2**24
 """Entries of the patches that are cut out at a time."""
 
@@ -105,17 +109,21 @@ def calibrate(
     return Calibration(moments, missing, count, source, reason, samples, kept)
 
 
-def patches_of(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """The patches a layer multiplies by its weight for an input, (g, positions, inputs × taps), some at a time."""
+def patches_of(module: nn.Module, x: Tensor, thinning: slice = slice(None)) -> Iterator[Tensor]:
+    """The patches a layer multiplies by its weight for an input, (g, positions, inputs × taps), some at a time.
+
+    With a `thinning` those alone at some rows of the output, or some positions of a Linear.
+    """
     kind, shape = known_kind(module), shape_of(module)
     if kind.axes == 0:
-        yield from (part[None] for part in x.reshape(-1, x.shape[-1]).split(max(1, _CHUNK // x.shape[-1])))
+        flat = x.reshape(-1, x.shape[-1])[thinning]
+        yield from (part[None] for part in flat.split(max(1, _CHUNK // x.shape[-1])))
         return
     batched = x if x.ndim == kind.axes + 2 else x[None]
     prepared = _spread(module, batched) if kind.transposed else _padded(module, batched)
     per_example = prepared[0].numel() * max(1, shape.params // (shape.groups * shape.outputs * shape.inputs))
     for part in prepared.split(max(1, _CHUNK // max(per_example, 1))):
-        yield _cut(module, part)
+        yield _cut(module, part, thinning)
 
 
 class MomentSum:
@@ -127,6 +135,7 @@ class MomentSum:
         self.shape = (groups, inputs, taps)
         whole = inputs * taps <= LARGEST_MOMENT or layer.routed
         self.joint = torch.zeros(groups, inputs * taps, inputs * taps, dtype=torch.float64) if whole else None
+        self.sum = torch.zeros(groups, inputs * taps, dtype=torch.float64) if whole else None
         self.rows: list[Tensor] | None = None if whole or taps > 1 else []
         split = not whole and taps > 1
         self.inputs = torch.zeros(groups, inputs, inputs, dtype=torch.float64) if split else None
@@ -140,9 +149,9 @@ class MomentSum:
         patches = patches.float() if patches.dtype in (torch.float16, torch.bfloat16) else patches
         self.positions += positions
         if self.joint is not None:
-            self.joint[slice(None) if group is None else slice(group, group + 1)] += (
-                (patches.mT @ patches).double().cpu()
-            )
+            places = slice(None) if group is None else slice(group, group + 1)
+            self.joint[places] += (patches.mT @ patches).double().cpu()
+            cast(Tensor, self.sum)[places] += patches.sum(1, dtype=torch.float64).cpu()
             return
         if self.rows is not None:
             self.rows.append(patches.float().cpu())
@@ -157,7 +166,7 @@ class MomentSum:
     def __add__(self, other: MomentSum) -> MomentSum:
         """The sum over the patches of both."""
         total = copy.copy(self)
-        for name in ("joint", "inputs", "taps", "rows"):
+        for name in ("joint", "sum", "inputs", "taps", "rows"):
             own = getattr(self, name)
             setattr(total, name, None if own is None else own + getattr(other, name))
         total.positions = self.positions + other.positions
@@ -176,7 +185,8 @@ class MomentSum:
             joint = self.joint / count
             if self.routed:
                 joint = joint + UNSEEN * joint.mean(0, keepdim=True)
-            return Moment(joint=joint, positions=self.positions)
+            mean = None if self.routed else cast(Tensor, self.sum) / count
+            return Moment(joint=joint, positions=self.positions, mean=mean)
         if self.rows is not None:
             return Moment(rows=torch.cat(self.rows, 1) / count**0.5, positions=self.positions)
         _, inputs, taps = self.shape
@@ -198,18 +208,21 @@ def _watched(modules: Mapping[str, nn.Module], owners: Mapping[str, str], sums: 
     """Hooks that add up the patches of every call, gone afterwards whatever happens."""
 
     def hook(name: str) -> Any:
-        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             if name not in sums:
                 sums[name] = MomentSum(shape_of(module))
             group = int(args[1]) if known_kind(module).stacked else None
-            for patches in patches_of(module, x.detach()):
+            calls[name] = calls.get(name, -1) + 1
+            thinning = slice(None) if group is not None else thinning_of(module, output, calls[name])
+            for patches in patches_of(module, x.detach(), thinning):
                 sums[name].add(patches, group)
 
         return add
 
+    calls: dict[str, int] = {}
     seen: dict[nn.Module, str] = {module: owners[name] for name, module in modules.items()}
-    with attached(module.register_forward_pre_hook(hook(name), with_kwargs=True) for module, name in seen.items()):
+    with attached(module.register_forward_hook(hook(name), with_kwargs=True) for module, name in seen.items()):
         yield
 
 
@@ -252,8 +265,23 @@ def _spread(module: nn.Module, x: Tensor) -> Tensor:
     return functional.pad(x, amounts)
 
 
-def _cut(module: nn.Module, x: Tensor) -> Tensor:
-    """All patches of a padded input, (g, positions, inputs × taps)."""
+def thinning_of(module: nn.Module, output: Tensor, number: int) -> slice:
+    """Which rows of an output of a layer, or positions of a Linear's, are looked at in a batch of some number.
+
+    As many as there are need for: patches are much alike, and a few times as many as they have entries tell their
+    moment. The first row is another one in every batch.
+    """
+    axes, columns = known_kind(module).axes, shape_of(module).params // max(
+        shape_of(module).groups * shape_of(module).outputs, 1
+    )
+    positions = output[..., 0].numel() if axes == 0 else output.numel() // output.shape[output.ndim - 1 - axes]
+    rows = positions if axes == 0 else output.shape[-axes]
+    step = min(positions // max(ENOUGH, PER_ENTRY * columns), rows)
+    return slice(number % step, None, step) if step > 1 else slice(None)
+
+
+def _cut(module: nn.Module, x: Tensor, thinning: slice) -> Tensor:
+    """The patches of a padded input, (g, positions, inputs × taps)."""
     kind, conv, groups = known_kind(module), cast(Any, module), shape_of(module).groups
     for axis in range(kind.axes):
         size, dilation = conv.kernel_size[axis], conv.dilation[axis]
@@ -261,8 +289,9 @@ def _cut(module: nn.Module, x: Tensor) -> Tensor:
         taps = torch.arange(size, device=x.device) * dilation
         taps = taps.flip(0) if kind.transposed else taps
         count = (x.shape[2 + axis] - dilation * (size - 1) - 1) // stride + 1
-        places = torch.arange(count, device=x.device)[:, None] * stride + taps
-        x = x.index_select(2 + axis, places.flatten()).unflatten(2 + axis, (count, size)).movedim(3 + axis, -1)
+        chosen = torch.arange(count, device=x.device)[thinning if axis == 0 else slice(None)]
+        places = chosen[:, None] * stride + taps
+        x = x.index_select(2 + axis, places.flatten()).unflatten(2 + axis, (len(chosen), size)).movedim(3 + axis, -1)
     batch, channels = x.shape[:2]
     x = x.reshape(batch, groups, channels // groups, -1, *conv.kernel_size).movedim(3, 1)  # b, positions, g, i, taps
     return x.movedim(2, 0).flatten(1, 2).flatten(2)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 
@@ -21,7 +21,8 @@ class Moment:
     Whole where `joint` is set, shape (g, n, n). Where that would be too large, it is taken to be the Kronecker product
     of that of the inputs (g, i, i), the mean over taps, and that of the taps (g, t, t), the mean over inputs, divided
     by the mean square; or, where there are no taps, it is rowsᵀ rows + ridge · 1 with a few `rows` (g, k, n), patches
-    or a sketch of them. Without any of them it is the identity. `positions` is how many patches were seen.
+    or a sketch of them. Without any of them it is the identity. `positions` is how many patches were seen; `mean` is
+    E[x], where it is kept.
     """
 
     joint: Float64[Tensor, "g n n"] | None = None
@@ -30,6 +31,30 @@ class Moment:
     rows: Float[Tensor, "g k n"] | None = None
     ridge: float = 0.0
     positions: int = 0
+    mean: Float64[Tensor, "g n"] | None = None
+
+    def centred(self) -> Moment:
+        """The moment about the mean, where it is known: what counts where a bias can take the mean."""
+        if self.joint is None or self.mean is None:
+            return self
+        return replace(self, joint=self.joint - self.mean[:, :, None] * self.mean[:, None, :], mean=None)
+
+    def of_groups(self, chosen: Int64[Tensor, " kept"]) -> Moment:
+        """The moment of some groups."""
+        kept = {name: getattr(self, name) for name in ("joint", "inputs", "taps", "rows", "mean")}
+        return replace(self, **{name: None if one is None else one[chosen] for name, one in kept.items()})
+
+    def of_inputs(self, chosen: Int64[Tensor, "g kept"], taps: int) -> Moment:
+        """The moment of some inputs of every group, with all their taps."""
+        places = (chosen[..., None] * taps + torch.arange(taps)).flatten(1)
+        if self.joint is not None:
+            joint = torch.stack([self.joint[group][one][:, one] for group, one in enumerate(places)])
+            return replace(self, joint=joint, mean=None if self.mean is None else self.mean.gather(1, places))
+        if self.rows is not None:
+            return replace(self, rows=torch.stack([self.rows[group][:, one] for group, one in enumerate(places)]))
+        if self.inputs is not None:
+            return replace(self, inputs=torch.stack([self.inputs[g][one][:, one] for g, one in enumerate(chosen)]))
+        return self
 
     def shrinkage(self) -> float:
         """How far a whole moment is from being known, from 0 to 1: the share of the identity to mix with it.
@@ -60,7 +85,8 @@ class Moment:
         share, size = self.shrinkage(), self.joint.shape[-1]
         mean = self.joint.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         identity = torch.eye(size, dtype=self.joint.dtype, device=self.joint.device)
-        return replace(self, joint=(1 - share) * self.joint + share * mean * identity)
+        about = None if self.mean is None else (1 - share) ** 0.5 * self.mean
+        return replace(self, joint=(1 - share) * self.joint + share * mean * identity, mean=about)
 
     def applied(self, residual: Float[Tensor, "g o i *taps"]) -> Tensor:
         """The residual times the moment, in the residual's shape, dtype and place."""

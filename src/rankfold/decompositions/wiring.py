@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from typing import Any, TypeVar
 
@@ -88,6 +88,17 @@ class LayerShape:
     def passed(self) -> int:
         """How many groups a position goes through."""
         return 1 if self.routed else self.groups
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every channel is a group of its own."""
+        return self.groups > 1 and self.outputs == self.inputs == 1 and not self.routed
+
+    def narrowed(self, outputs: float, inputs: float) -> LayerShape:
+        """The shape of the layer with these shares of its outputs and inputs; of a depthwise one they are the same."""
+        if self.depthwise:
+            return replace(self, groups=round(self.groups * inputs))
+        return replace(self, outputs=round(self.outputs * outputs), inputs=round(self.inputs * inputs))
 
     def positions(self, resized: str, *, lookups: bool = True) -> int:
         """Positions in the batch and in space, over all calls, once the axes in `resized` have their output's size.

@@ -102,8 +102,8 @@ def _misfit(path: str, layer: LayerPlan, state: Mapping[str, Any], entries: Mapp
     shape = tuple(state[name].shape) if name in state else None
     if layer.decomposition is None:
         there = f"weight {shape} there" if shape else f"no {name}"
-        fits = shape == layer.weight or not (shape or path in entries)  # parts of what is not opened have no name
-        return "" if fits else f"the plan keeps it, with weight {layer.weight}, the model has {there}"
+        fits = shape == layer.dense or not (shape or path in entries)  # parts of what is not opened have no name
+        return "" if fits else f"the plan keeps it, with weight {layer.dense}, the model has {there}"
     found = entries.get(path)
     if found is None or shape:
         there = f"the whole weight {shape} there" if shape else f"no {path}.0.weight"

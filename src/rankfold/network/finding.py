@@ -33,6 +33,10 @@ class Layers:
         left = tuple(layer for layer in self.found if layer.name not in reasons)
         return Layers(left, {**self.skipped, **reasons})
 
+    def with_skipped(self, reasons: Mapping[str, str]) -> Layers:
+        """The layers, and more that stays as it is, with reasons."""
+        return Layers(self.found, {**self.skipped, **reasons})
+
 
 def find_layers(
     model: nn.Module,

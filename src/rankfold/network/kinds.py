@@ -122,6 +122,12 @@ def weight_of(module: nn.Module) -> Float[Tensor, "g o i *taps"]:
     return weight.reshape(shape.groups, shape.outputs, shape.inputs, *taps)
 
 
+def weight_shape(shape: LayerShape) -> tuple[int, ...]:
+    """The shape in which modules that are not stacked keep a weight."""
+    rows, columns = (shape.inputs, shape.outputs) if shape.transposed else (shape.outputs, shape.inputs)
+    return (shape.groups * rows, columns, *shape.kernel)
+
+
 def module_weight(layer: LayerSpec, weight: Float[Tensor, "g o i *taps"]) -> Tensor:
     """A weight as `weight_of` gives it, in the shape the layer's module has it; differentiable."""
     turned = layer.shape.transposed or (layer.shape.routed and weight.shape != layer.weight)  # square: either serves

@@ -27,7 +27,7 @@ from rankfold.network.copies import duplicate, is_compiled, needs_copy, replaced
 from rankfold.network.costs import storage_key, unfused
 from rankfold.network.hooks import attached
 from rankfold.network.kinds import base_of, kind_of
-from rankfold.network.passes import Inputs, evaluating, reason_of, run, tensors_in
+from rankfold.network.passes import Inputs, evaluating, reason_of, run, same, tensors_in
 from rankfold.network.stand_ins.attention import Attention, is_self_attention
 from rankfold.network.stand_ins.recurrent import Recurrent
 from rankfold.network.stand_ins.stack import Stack
@@ -36,8 +36,6 @@ from rankfold.network.stand_ins.weight import NotPlainError, computed, computes_
 Opening = Mapping[str, Any]
 """How a module is opened, in JSON's types: its `form`, and what of it was found by running."""
 
-TOLERANCE = 1e-3
-"""Largest difference of outputs, relative to the largest output, between a network and the same with parts opened."""
 SMALLEST_STACK = 8
 """Least rows and columns of matrices that are looked for in tensors of three axes."""
 
@@ -172,7 +170,7 @@ def _tried(
         return f"the network does not run once it is opened: {reason_of(error)}"
     if _parameters(copied) > _parameters(model):
         return "opening it would untie weights that are shared"
-    if not _same(outputs, wanted):
+    if not same(outputs, wanted):
         return "it computes something else than a layer with its weight"
     told: dict[str, Opening] = {}
     for name, opening in openings.items():
@@ -187,18 +185,6 @@ def _tried(
 def _parameters(model: nn.Module) -> int:
     """Entries of all parameters, each once that is one in memory."""
     return sum({storage_key(one): one.numel() for one in model.parameters()}.values())
-
-
-def _same(outputs: list[Tensor], wanted: list[Tensor]) -> bool:
-    """Whether outputs are the same but for rounding."""
-    if [one.shape for one in outputs] != [one.shape for one in wanted]:
-        return False
-    for one, other in zip(outputs, wanted, strict=True):
-        if one.is_floating_point():
-            scale = float(other.abs().nan_to_num(posinf=0).max()) if other.numel() else 0.0
-            if not torch.allclose(one, other, rtol=TOLERANCE, atol=TOLERANCE * scale, equal_nan=True):
-                return False
-    return True
 
 
 def _attention(model: nn.Module, name: str, opening: Opening) -> nn.Module:

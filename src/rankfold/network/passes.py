@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from rankfold.errors import ModelError
 
+TOLERANCE = 1e-3
+"""Largest difference of outputs, relative to the largest output, between a network and what should compute the same."""
 Inputs = Any
 """Example inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments."""
 
@@ -32,6 +34,27 @@ def arguments_of(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
+
+
+def few(batches: Iterable[Inputs], count: int) -> list[Inputs]:
+    """The first examples of some batches, `count` of them or a few more."""
+    found: list[Inputs] = []
+    for batch in batches:
+        sizes = {len(one) for one in tensors_in(batch) if one.ndim}
+        size = sizes.pop() if len(sizes) == 1 else 1
+        found.append(_first(batch, count) if size > count and not sizes else batch)
+        count -= size
+        if count <= 0:
+            break
+    return found
+
+
+def _first(inputs: Inputs, count: int) -> Inputs:
+    if isinstance(inputs, Tensor):
+        return inputs[:count] if inputs.ndim else inputs
+    if isinstance(inputs, Mapping):
+        return {name: _first(value, count) for name, value in inputs.items()}
+    return type(inputs)(_first(one, count) for one in inputs) if type(inputs) in (tuple, list) else inputs
 
 
 def copied(inputs: Inputs) -> Inputs:
@@ -113,3 +136,15 @@ def tensors_in(value: Any) -> list[Tensor]:
     else:
         parts = vars(value).values() if hasattr(value, "__dataclass_fields__") else ()
     return [tensor for part in parts for tensor in tensors_in(part)]
+
+
+def same(outputs: list[Tensor], wanted: list[Tensor]) -> bool:
+    """Whether outputs are the same but for rounding."""
+    if [one.shape for one in outputs] != [one.shape for one in wanted]:
+        return False
+    for one, other in zip(outputs, wanted, strict=True):
+        if one.is_floating_point():
+            scale = float(other.abs().nan_to_num(posinf=0).max()) if other.numel() else 0.0
+            if not torch.allclose(one, other, rtol=TOLERANCE, atol=TOLERANCE * scale, equal_nan=True):
+                return False
+    return True

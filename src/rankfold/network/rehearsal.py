@@ -19,18 +19,19 @@ from torch import Tensor, nn
 
 from rankfold.budget import Cost
 from rankfold.decompositions import Factors, wiring_of
-from rankfold.decompositions.wiring import Call
-from rankfold.errors import ModelError
+from rankfold.decompositions.wiring import Call, LayerShape, Wiring
+from rankfold.errors import ModelError, PlanError
 from rankfold.network.copies import duplicate
 from rankfold.network.costs import cost_of
 from rankfold.network.factorised import Factorised
 from rankfold.network.kinds import shape_of
 from rankfold.network.layouts import empty_factors
+from rankfold.network.narrowing import narrow_
 from rankfold.network.opening import open_, within
 from rankfold.network.passes import Inputs, reason_of
 from rankfold.network.surgery import opened_for, swapped
 from rankfold.network.tracing import uses
-from rankfold.plan import LayerPlan, Plan
+from rankfold.plan import LayerPlan, Narrowing, Plan, channels_named
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ class Rehearsal:
 
 def rehearse(model: nn.Module, plan: Plan, inputs: Inputs) -> Rehearsal:
     """The plan tried on the network, which is left as it is."""
-    outcome = _tried(model, plan, inputs)
+    outcome = _tried(model, plan, inputs, whole=True)
     if isinstance(outcome, Rehearsal):
         return outcome
-    return Rehearsal(plan.after, _culprits(model, plan, inputs, plan.decomposed, outcome))
+    return Rehearsal(plan.after, _culprits(model, plan, inputs, (*plan.narrowings, *plan.decomposed), outcome))
 
 
 def verified(model: nn.Module, student: nn.Module, plan: Plan, inputs: Inputs) -> Plan:
@@ -71,7 +72,7 @@ def verified(model: nn.Module, student: nn.Module, plan: Plan, inputs: Inputs) -
 
 def dense_twin(model: nn.Module, student: nn.Module, plan: Plan) -> nn.Module:
     """The original with the weights that a student's factors stand for, and the student's biases."""
-    twin = open_(duplicate(model), plan.opened)
+    twin = narrow_(open_(duplicate(model), plan.opened), plan.narrowings)
     for layer in plan.decomposed:
         for path in (layer.name, *layer.aliases):
             module, stages = twin.get_submodule(path), cast(Factorised, student.get_submodule(path))
@@ -84,27 +85,23 @@ def dense_twin(model: nn.Module, student: nn.Module, plan: Plan) -> nn.Module:
 def expected_macs(model: nn.Module, student: nn.Module, plan: Plan, inputs: Inputs) -> int:
     """The MACs that a student should have on the paths that it takes through the network."""
     twin = dense_twin(model, student, plan)
-    places = {layer: [twin.get_submodule(path) for path in (layer.name, *layer.aliases)] for layer in plan.decomposed}
-    modules = [module for group in places.values() for module in dict.fromkeys(group)]
-    macs = cost_of(twin, inputs).macs
-    calls = uses(twin, inputs, modules).calls
-    for layer, group in places.items():
-        served: tuple[Call, ...] = tuple(call for module in dict.fromkeys(group) for call in calls[module])
-        shape = replace(shape_of(group[0]), calls=served)
-        wiring = wiring_of(cast(str, layer.decomposition), shape)
-        macs += int(wiring.macs(shape, list(layer.ranks))) - shape.macs
-    return macs
+    served = _served(twin, plan, inputs)
+    saved = (int(_wiring(one, shape).macs(shape, list(one.ranks))) - shape.macs for one, shape in served.items())
+    return cost_of(twin, inputs).macs + sum(saved)
 
 
-def _tried(model: nn.Module, plan: Plan, inputs: Inputs) -> Rehearsal | str:
-    """The cost of the network that a plan makes, or what is wrong with it."""
-    dense = opened_for(model, plan)
-    start = cost_of(dense, inputs) if plan.opened else plan.before
-    expected = reduce(Cost.__add__, (layer.after - layer.before for layer in plan.decomposed), start)
-    student = open_(duplicate(model), plan.opened)
-    for number, layer in enumerate(plan.decomposed):
-        student = swapped(student, layer, _random_factors(student, layer, number))
+def _tried(model: nn.Module, plan: Plan, inputs: Inputs, *, whole: bool = False) -> Rehearsal | str:
+    """The cost of the network that a plan makes, or what is wrong with it.
+
+    Of the `whole` plan the cost has to be the one it says.
+    """
     try:
+        expected = _expected(model, plan, inputs)
+        if whole and plan.narrowings and not _as_planned(model, plan, inputs, expected):
+            return f"without its channels the network has {expected.params:,} parameters and {expected.macs:,} MACs"
+        student = narrow_(open_(duplicate(model), plan.opened), plan.narrowings)
+        for number, layer in enumerate(plan.decomposed):
+            student = swapped(student, layer, _random_factors(student, layer, number))
         cost = cost_of(student, inputs)
         if cost == expected:
             return Rehearsal(cost, {})
@@ -112,26 +109,76 @@ def _tried(model: nn.Module, plan: Plan, inputs: Inputs) -> Rehearsal | str:
             if cost.macs == expected_macs(model, student, plan, inputs):
                 return Rehearsal(cost, {}, depends=True)
             return f"with factors in its place the network has {cost.macs:,} MACs, not {expected.macs:,}"
+    except PlanError as error:
+        return reason_of(error)
     except ModelError as error:
         return f"the network does not run with factors in its place ({reason_of(error.__cause__ or error)})"
     return f"with factors in its place the network has {cost.params:,} parameters, not {expected.params:,}"
 
 
 def _culprits(
-    model: nn.Module, plan: Plan, inputs: Inputs, layers: Sequence[LayerPlan], outcome: str
+    model: nn.Module, plan: Plan, inputs: Inputs, steps: Sequence[LayerPlan | Narrowing], outcome: str
 ) -> dict[str, str]:
-    """The layers because of which a plan fails, among some that fail together."""
-    if len(layers) == 1:
-        return {layers[0].name: outcome}
+    """The layers and channel sets because of which a plan fails, among some that fail together."""
+    if len(steps) == 1:
+        return {_called(steps[0]): outcome}
     refused: dict[str, str] = {}
-    for half in (layers[: len(layers) // 2], layers[len(layers) // 2 :]):
-        part = plan.with_layers(tuple(half))
-        part = replace(part, opened=within(plan.opened, [layer.name for layer in half]))
-        told = _tried(model, part, inputs)
+    for half in (steps[: len(steps) // 2], steps[len(steps) // 2 :]):
+        told = _tried(model, _restricted(plan, half), inputs)
         if isinstance(told, str):
             refused.update(_culprits(model, plan, inputs, half, told))
     # neither half fails alone: they do together, and all of them have to stay
-    return refused or dict.fromkeys((layer.name for layer in layers), outcome)
+    return refused or dict.fromkeys(map(_called, steps), outcome)
+
+
+def _called(step: LayerPlan | Narrowing) -> str:
+    """What a refusal calls a layer or a channel set."""
+    return step.name if isinstance(step, LayerPlan) else channels_named(step.name)
+
+
+def _restricted(plan: Plan, steps: Sequence[LayerPlan | Narrowing]) -> Plan:
+    """A plan with some of its steps alone."""
+    narrowings = tuple(one for one in steps if isinstance(one, Narrowing))
+    layers = tuple(one for one in steps if isinstance(one, LayerPlan))
+    names = [layer.name for layer in layers] + [name for one in narrowings for name in one.channels.layers]
+    return replace(plan, layers=layers, narrowings=narrowings, opened=within(plan.opened, names))
+
+
+def _expected(model: nn.Module, plan: Plan, inputs: Inputs) -> Cost:
+    """What the network costs that a plan, or part of one, makes: its layers' costs are those in the whole plan."""
+    if not plan.narrowings:
+        start = cost_of(opened_for(model, plan), inputs) if plan.opened else plan.before
+        return reduce(Cost.__add__, (layer.after - layer.before for layer in plan.decomposed), start)
+    dense = narrow_(open_(duplicate(model), plan.opened), plan.narrowings)
+    cost = cost_of(dense, inputs)
+    for layer, shape in _served(dense, plan, inputs).items():
+        wiring, ranks, itemsize = _wiring(layer, shape), list(layer.ranks), layer.before.bytes // layer.before.params
+        params = int(wiring.params(shape, ranks)) - shape.params
+        cost = cost + Cost(params, int(wiring.macs(shape, ranks)) - shape.macs, params * itemsize)
+    return cost
+
+
+def _as_planned(model: nn.Module, plan: Plan, inputs: Inputs, cost: Cost) -> bool:
+    """Whether a network costs what its plan says; MACs of routed layers depend on what goes in."""
+    opened = cost_of(opened_for(model, plan), inputs) - plan.before if plan.opened else Cost(0, 0, 0)
+    off = cost - plan.after - opened
+    routed = any(layer.kind == "Stack" for layer in plan.layers)
+    return (off.params, off.bytes) == (0, 0) and (off.macs == 0 or routed)
+
+
+def _served(dense: nn.Module, plan: Plan, inputs: Inputs) -> dict[LayerPlan, LayerShape]:
+    """The shapes of the decomposed layers, with the calls they serve in a network that still has them whole."""
+    places = {layer: [dense.get_submodule(path) for path in (layer.name, *layer.aliases)] for layer in plan.decomposed}
+    calls = uses(dense, inputs, [module for group in places.values() for module in dict.fromkeys(group)]).calls
+    served = {}
+    for layer, group in places.items():
+        own: tuple[Call, ...] = tuple(call for module in dict.fromkeys(group) for call in calls[module])
+        served[layer] = replace(shape_of(group[0]), calls=own)
+    return served
+
+
+def _wiring(layer: LayerPlan, shape: LayerShape) -> Wiring:
+    return wiring_of(cast(str, layer.decomposition), shape)
 
 
 def _random_factors(model: nn.Module, layer: LayerPlan, seed: int) -> Factors:

@@ -14,6 +14,7 @@ from rankfold.errors import PlanError
 from rankfold.network.copies import duplicate, needs_copy, replaced, sharing
 from rankfold.network.kinds import factorised, kind_of, shape_of, stage_weights, weight_of
 from rankfold.network.layouts import empty_factors
+from rankfold.network.narrowing import narrow_, narrowed_error, narrowed_moment, rebuilt_weights
 from rankfold.network.opening import open_
 from rankfold.plan import LayerPlan, Plan
 from rankfold.progress import Progress, silent
@@ -25,32 +26,41 @@ def apply_plan(
     *,
     factors: Mapping[str, Factors] | None = None,
     moments: Mapping[str, Moment] | None = None,
+    rebuilding: Mapping[str, Moment] | None = None,
     progress: Progress = silent,
 ) -> tuple[nn.Module, Plan]:
     """A copy of the model with the plan's layers factorised, and the plan with the errors that were reached.
 
     The original is untouched. `factors` are those already at hand, by layer name; others are fitted, in the metric of
-    the layer's entry in `moments` if it has one. Raises PlanError where the plan does not fit the model.
+    the layer's entry in `moments` if it has one. Channels that are gone are rebuilt by the moments in `rebuilding`,
+    where they are other ones: about the mean, if it is set right afterwards. Raises PlanError where the plan does not fit the model.
     """
+    whole = opened_for(model, plan)
     student = open_(duplicate(model), plan.opened)
+    student = narrow_(student, plan.narrowings, rebuilt_weights(whole, plan, rebuilding or moments or {}))
     reached = []
     for done, layer in enumerate(plan.layers):
         progress("fitting factors", done, len(plan.layers))
+        known = (moments or {}).get(layer.name, IDENTITY)
         if layer.decomposition is None:
-            reached.append(layer)
+            lost = narrowed_error(whole, student, plan, layer, known) if layer.narrowed else 0.0
+            reached.append(replace(layer, error=lost))
             continue
         module = _submodule(student, layer)
         shape = shape_of(module)
         wiring = wiring_of(layer.decomposition, shape)
         weight = weight_of(module)
-        found, moment = (factors or {}).get(layer.name), (moments or {}).get(layer.name, IDENTITY)
+        found, moment = (factors or {}).get(layer.name), narrowed_moment(known, whole, plan, layer)
         if found is None:
             found = fit(
                 layer.decomposition, weight, shape, layer.ranks, layer=layer.name, starts=layer.starts, moment=moment
             )
         stored = tuple(factor.to(weight.dtype).double() for factor in found)
         student = swapped(student, layer, found)
-        reached.append(replace(layer, error=metric_error(weight, wiring, stored, moment)))
+        if layer.narrowed:
+            reached.append(replace(layer, error=narrowed_error(whole, student, plan, layer, known)))
+        else:
+            reached.append(replace(layer, error=metric_error(weight, wiring, stored, moment)))
     progress("fitting factors", len(plan.layers), len(plan.layers))
     return student, plan.with_layers(tuple(reached))
 
@@ -61,7 +71,7 @@ def rebuilt(model: nn.Module, plan: Plan) -> nn.Module:
     Raises PlanError where the plan does not fit the model.
     """
     try:
-        model = open_(model, plan.opened)
+        model = narrow_(open_(model, plan.opened), plan.narrowings)
     except (AttributeError, KeyError) as error:
         raise PlanError(f"the plan does not fit the model: {error}") from error
     for layer in plan.decomposed:
@@ -117,6 +127,6 @@ def _submodule(model: nn.Module, layer: LayerPlan) -> nn.Module:
         if kind is None or (path == layer.name and kind.name != layer.kind):
             raise PlanError(f"{path}: the plan says {layer.kind}, the model has {type(module).__name__}")
         weight = tuple(cast(Tensor, module.weight).shape)
-        if weight != layer.weight:
-            raise PlanError(f"{path}: the plan says weight {layer.weight}, the model has {weight}")
+        if weight != layer.dense:
+            raise PlanError(f"{path}: the plan says weight {layer.dense}, the model has {weight}")
     return model.get_submodule(layer.name)

@@ -57,7 +57,8 @@ class Curve:
     `closed[k]` is the error before any fit, which `errors` equals where none is needed; elsewhere it is scaled by what
     the `fits` of the same family reached. Errors are in the metric of `moment`, in which every candidate is fitted.
     `weight` is the weight that was measured, None where the errors are given and final. `exact` is the expansion of a
-    matrix in its metric, from which the best factors of any rank are read off.
+    matrix in its metric, from which the best factors of any rank are read off. `price` is what an error of one costs
+    the network, where it is known, beside those of other curves.
     """
 
     layer: LayerSpec
@@ -71,6 +72,7 @@ class Curve:
     weight: Float[Tensor, "g o i *taps"] | None = None
     moment: Moment = IDENTITY
     exact: Expansion | None = field(default=None, compare=False, repr=False)
+    price: float = 1.0
 
     def __len__(self) -> int:
         return len(self.errors)

@@ -67,7 +67,7 @@ def known(problem: Problem) -> Problem:
 def _guessed(curve: Curve, k: int) -> bool:
     """Whether a candidate's error is a bound from below, scaled by those of others that were fitted."""
     method = curve.methods[k]
-    return method is not None and DECOMPOSITIONS[method].optimistic and not curve.settled(k)
+    return method is not None and not curve.settled(k) and DECOMPOSITIONS[method].optimistic
 
 
 def _hopeful(curve: Curve, chosen: int, cost: FloatArray, slack: float) -> list[int]:

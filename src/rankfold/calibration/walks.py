@@ -1,0 +1,146 @@
+"""Walks: passes that wait at one layer after another, so that a network is run once however many layers are looked at.
+
+Every walk is a pass over one batch in a thread of its own, of which one runs at a time. It stops where a layer is
+called, keeps what the pass has made so far, and goes on when it is told to; layers may be changed in between.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rankfold.network.hooks import attached
+from rankfold.network.passes import Inputs
+
+
+class _Ended(BaseException):
+    """Ends a pass that nobody follows any more; not an Exception, so that no model catches it."""
+
+
+class Walk:
+    """One pass over a batch that waits at its stops, which are numbered in the order in which they are expected."""
+
+    def __init__(self, forward: Callable[[], object]) -> None:
+        self._forward = forward
+        self._go, self._arrived = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._threads = torch.get_num_threads()
+        self._started = self._over = self._ending = False
+        self._error: BaseException | None = None
+        self.place = -1
+        self.tensor: Tensor | None = None
+
+    def to(self, place: int) -> Tensor | None:
+        """The tensor at a stop, where the pass then waits; None where it never comes by."""
+        while not self._over and self.place < place:
+            self._advance()
+        return self.tensor if self.place == place and not self._over else None
+
+    def end(self) -> None:
+        """Leaves the pass where it is."""
+        self._ending = True
+        if self._started and not self._over:
+            self._advance()
+
+    def stop(self, place: int, tensor: Tensor) -> None:
+        """Waits at a stop; called within the pass."""
+        if place <= self.place:
+            return
+        self.place, self.tensor = place, tensor
+        state = _random_state()
+        self._arrived.release()
+        self._go.acquire()
+        self.tensor = None
+        if self._ending:
+            raise _Ended
+        _set_random_state(state)
+
+    def _advance(self) -> None:
+        state = _random_state()
+        if self._started:
+            self._go.release()
+        else:
+            self._started = True
+            self._thread.start()
+        self._arrived.acquire()
+        _set_random_state(state)
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _run(self) -> None:
+        _walks[threading.get_ident()] = self
+        try:
+            torch.set_num_threads(self._threads)
+            self._forward()
+        except _Ended:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            del _walks[threading.get_ident()]
+            self._over = True
+            self._arrived.release()
+
+
+_walks: dict[int, Walk] = {}
+"""The walks that have begun, by their threads."""
+
+
+@contextmanager
+def walking(
+    model: nn.Module,
+    stops: Mapping[nn.Module, int],
+    forward: Callable[[Inputs, int], object],
+    batches: Sequence[tuple[int, Inputs]],
+    *,
+    outputs: bool,
+) -> Iterator[list[Walk]]:
+    """Walks over batches, which stop at what goes into some modules, or at their `outputs`; ended when it is left."""
+
+    def before(place: int) -> Any:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            walk = _walks.get(threading.get_ident())
+            if walk is not None:
+                walk.stop(place, args[0] if args else next(iter(kwargs.values())))
+
+        return see
+
+    def behind(place: int) -> Any:
+        def see(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            walk = _walks.get(threading.get_ident())
+            if walk is not None:
+                walk.stop(place, output)
+
+        return see
+
+    hooks = (
+        module.register_forward_hook(behind(place))
+        if outputs
+        else module.register_forward_pre_hook(before(place), with_kwargs=True)
+        for module, place in stops.items()
+    )
+    walks = [Walk(lambda batch=batch, number=number: forward(batch, number)) for number, batch in batches]
+    with attached(hooks):
+        try:
+            yield walks
+        finally:
+            for walk in walks:
+                walk.end()
+
+
+def _random_state() -> tuple[Tensor, Any, Any]:
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+
+def _set_random_state(state: tuple[Tensor, Any, Any]) -> None:
+    torch.set_rng_state(state[0])
+    np.random.set_state(state[1])
+    random.setstate(state[2])

@@ -1,0 +1,168 @@
+"""Interpolative: some of a layer's inputs are kept, and its weight rebuilds the others from them.
+
+With Σ the second moment of the inputs h and S those that are kept, the best rebuilding is their regression on h_S, and
+the layer's weight becomes W Σ_{·S} Σ_SS⁻¹ (an interpolative decomposition: Cheng, Gimbutas, Martinsson and Rokhlin,
+SIAM J. Sci. Comput. 26 (2005) 1389; of networks Chee et al., arXiv 2108.00065). What to keep is found by taking inputs
+away: with H = Σ_SS⁻¹ and W the weight at hand, leaving out q costs tr W_q (H_qq)⁻¹ W_qᵀ of the output (Hassibi and
+Stork's optimal brain surgeon, NIPS 1992, for columns), and one pass orders all inputs and gives the error of every
+width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from rankfold.decompositions.metric import Moment
+
+RIDGE = 1e-6
+"""Share of the mean square that is added to a moment, so that inputs that are sums of others can be told apart."""
+WORK = 2**18
+"""Channels times size of the moment up to which channels go one by one; beyond, several at once in proportion."""
+FEWEST_STEPS = 64
+"""Steps of an elimination at least, where there are as many channels."""
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """The channels of every part in the order in which they go, and what is lost with them.
+
+    `order` has a row per part; `errors[k]` is the squared relative error of the output once the first k of every row
+    are gone.
+    """
+
+    order: npt.NDArray[np.int64]
+    errors: npt.NDArray[np.float64]
+
+    def kept(self, width: int) -> tuple[int, ...]:
+        """The channels that are left at a width, the same number of every part, in rising order."""
+        parts, run = self.order.shape
+        left = self.order[:, run - width // parts :]
+        return tuple(sorted((left + run * np.arange(parts)[:, None]).ravel().tolist()))
+
+    def error(self, width: int) -> float:
+        """The error at a width."""
+        parts, run = self.order.shape
+        return float(self.errors[run - width // parts])
+
+
+def eliminate(weight: Float[Tensor, "g o i *taps"], moment: Moment, channels: int, parts: int) -> Elimination:
+    """The order in which a layer's input channels go, with the error of its output.
+
+    Neighbouring inputs belong to one channel where there are more inputs than channels. Every one of `parts` runs of
+    channels loses as many; groups of the layer lie in parts, or parts in groups. Where nothing is known of the inputs,
+    or nothing ever came in, all count alike.
+    """
+    flat, square = weight.double().flatten(2).cpu(), whole(moment, weight)
+    groups = len(flat)
+    total = float(((flat @ square) * flat).sum())
+    if groups >= parts:  # parts are made of whole groups or are groups; others would need a common order
+        parts = groups
+    run, block = channels // parts, flat.shape[2] * groups // channels
+    within = parts // groups
+    inverse = torch.linalg.inv(square)
+    inverse = (inverse + inverse.mT) / 2
+    orders = np.zeros((parts, run), dtype=np.int64)
+    lost = np.zeros(run + 1)
+    for group in range(groups):
+        order, errors = _eliminated(flat[group], inverse[group], within, run, block)
+        orders[group * within : (group + 1) * within] = order
+        lost += errors
+    lost[-1] = total
+    errors = np.minimum(np.maximum.accumulate(lost / total), 1.0) if total > 0 else np.zeros(run + 1)
+    return Elimination(orders, errors)
+
+
+def interpolated(
+    weight: Float[Tensor, "g o i *taps"], moment: Moment, columns: Tensor
+) -> Float64[Tensor, "g o kept *taps"]:
+    """The weight on the kept inputs alone, in which the others are rebuilt from them.
+
+    `columns` are the inputs that are kept, of all groups together, as many of each.
+    """
+    groups, outputs, inputs = weight.shape[:3]
+    taps = weight[0, 0, 0].numel()
+    flat, square = weight.double().flatten(2).cpu(), whole(moment, weight)
+    split = by_group(columns, groups, inputs)
+    found = []
+    for group, kept in enumerate(split):
+        places = (kept[:, None] * taps + torch.arange(taps)).flatten()
+        seen = square[group][:, places]
+        found.append(torch.linalg.solve(seen[places], (flat[group] @ seen).mT).mT)
+    return torch.stack(found).reshape(groups, outputs, split.shape[1], *weight.shape[3:])
+
+
+def interpolation_error(weight: Float[Tensor, "g o i *taps"], moment: Moment, columns: Tensor) -> float:
+    """The squared relative error of a layer's output once only some inputs are kept, and the weight is rebuilt."""
+    residual = weight.double().cpu() - padded(interpolated(weight, moment, columns), weight.shape[2], columns)
+    square, flat = whole(moment, weight), weight.double().flatten(2).cpu()
+    energy = float(((flat @ square) * flat).sum())
+    residual = residual.flatten(2)
+    return float(((residual @ square) * residual).sum()) / energy if energy > 0 else 0.0
+
+
+def padded(weight: Float[Tensor, "g o kept *taps"], inputs: int, columns: Tensor) -> Float[Tensor, "g o i *taps"]:
+    """A weight on some inputs as one on all, zero on the others."""
+    found = weight.new_zeros(*weight.shape[:2], inputs, *weight.shape[3:])
+    for group, kept in enumerate(by_group(columns, len(weight), inputs)):
+        found[group].index_copy_(1, kept.to(weight.device), weight[group])
+    return found
+
+
+def by_group(places: Tensor, groups: int, size: int) -> Int64[Tensor, "g kept"]:
+    """Places among the inputs or outputs of all groups as those within every group, as many of each."""
+    return places.reshape(groups, -1) - torch.arange(groups)[:, None] * size
+
+
+def entries(channels: Sequence[int], inner: int) -> Tensor:
+    """The inputs that belong to some channels, `inner` neighbours to each."""
+    return (torch.tensor(channels)[:, None] * inner + torch.arange(inner)).flatten()
+
+
+def whole(moment: Moment, weight: Float[Tensor, "g o i *taps"]) -> Float64[Tensor, "g n n"]:
+    """A moment as matrices that can be inverted; the identity where nothing is known of the inputs."""
+    size = weight[0, 0].numel()
+    identity = torch.eye(size, dtype=torch.float64).expand(len(weight), size, size)
+    square = moment.joint
+    if square is None:
+        square = moment.applied(identity.reshape(len(weight), size, *weight.shape[2:])).reshape(identity.shape)
+    square = square.cpu()
+    mean = square.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    return torch.where(mean > 0, square + RIDGE * mean * identity, identity)
+
+
+def _eliminated(
+    weight: Tensor, inverse: Tensor, parts: int, run: int, block: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Orders (parts, run) within one group, and what is lost with the first k of every part."""
+    alive = torch.arange(parts * run).reshape(parts, run)
+    orders: list[Tensor] = []
+    lost = [0.0]
+    inner = torch.arange(block)
+    step = max(1, min(round(run * len(inverse) / WORK), run // FEWEST_STEPS))
+    while alive.shape[1] > 1:
+        left, size = alive.shape[1], min(step, alive.shape[1] - 1)
+        blocks = inverse.reshape(parts * left, block, parts * left, block)
+        own = torch.linalg.inv(torch.diagonal(blocks, dim1=0, dim2=2).permute(2, 0, 1))
+        columns = weight.reshape(-1, parts * left, block)
+        costs = torch.einsum("ogt,gts,ogs->g", columns, own, columns).reshape(parts, left)
+        going = costs.topk(size, dim=1, largest=False, sorted=True).indices
+        orders.append(alive.gather(1, going))
+        mask = torch.ones(parts, left, dtype=torch.bool).scatter_(1, going, False)
+        stay = (torch.nonzero(mask.flatten()) * block + inner).flatten()
+        go = (torch.nonzero(~mask.flatten()) * block + inner).flatten()
+        gain = torch.linalg.solve(inverse[go][:, go], inverse[go][:, stay])
+        gone = weight[:, go]
+        price = float((torch.linalg.solve(inverse[go][:, go], gone.mT) * gone.mT).sum())
+        lost += [lost[-1] + price * (k + 1) / size for k in range(size)]
+        weight = weight[:, stay] - gone @ gain
+        inverse = inverse[stay][:, stay] - inverse[stay][:, go] @ gain
+        alive = alive[mask].reshape(parts, left - size)
+    orders.append(alive)
+    return torch.cat(orders, 1).numpy(), np.array([*lost, lost[-1]])

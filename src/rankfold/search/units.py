@@ -1,0 +1,329 @@
+"""Units: blocks of layers between which channels can go, as one curve each.
+
+A unit's layers hang together by the channel sets that they make and read. A candidate says how many channels every set
+keeps and what becomes of every layer: dense, or factors. Its error is the sum of those of its parts, each relative to
+the output of the layer that it is made at: of the layers' factors, and of what is rebuilt at the layers that read a
+set. Where prices are known the parts count by them. Its cost is exact: a layer's is that of its narrowed form, so it depends on the width before it and the one behind.
+All candidates of a unit are found set by set (non-serial dynamic programming: Bertelè and Brioschi 1972), with those
+left out that another one matches in the error and every cost; where many are left, evenly spaced ones of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import numpy as np
+from torch import Tensor
+
+from rankfold.budget import UNITS, Cost
+from rankfold.decompositions import wiring_of
+from rankfold.decompositions.interpolative import Elimination, eliminate, entries, interpolation_error
+from rankfold.decompositions.metric import IDENTITY, Moment
+from rankfold.decompositions.wiring import LayerShape
+from rankfold.plan import ChannelSet, LayerSpec
+from rankfold.search.candidates import pareto
+from rankfold.search.curves import Curve, FloatArray, IntArray
+
+WIDTHS = 24
+"""Widths of a channel set that are candidates, at most; fewer where a unit has many sets."""
+FORMS = 24
+"""Forms of a layer in a unit, at most: dense, and evenly spaced ones of its own curve."""
+FRONT = 48
+"""Candidates kept for each width of the sets at hand, while a unit's are found."""
+CANDIDATES = 256
+"""Candidates of a unit."""
+LARGEST_IDENTITY = 4608
+"""Inputs of a layer that reads channels, at most, where their moment is not known as a whole."""
+
+
+@dataclass(frozen=True)
+class Width:
+    """A channel set with the order in which its channels go, and the error at the outputs of what reads them.
+
+    `errors[k]` is the error with `widths[k]` channels; the first width is the whole. `price` is what an error of one
+    costs the network.
+    """
+
+    channels: ChannelSet
+    elimination: Elimination
+    widths: tuple[int, ...]
+    errors: tuple[float, ...]
+    price: float = 1.0
+
+
+@dataclass(frozen=True)
+class UnitCurve(Curve):
+    """The candidates of a unit: `choices[k]` has a place in `sets` for each width, then one for each layer's form.
+
+    A form is 0 for the dense layer, otherwise the place in the layer's own curve in `members`.
+    """
+
+    sets: tuple[Width, ...] = ()
+    members: tuple[Curve, ...] = ()
+    choices: IntArray = field(default_factory=lambda: np.empty((0, 0), dtype=np.int64))
+
+    def family(self, k: int) -> str | None:
+        """None: what a unit's errors are made of is not fitted before the plan is."""
+        return None
+
+    def widths(self, k: int) -> dict[str, int]:
+        """The width of every channel set in a candidate, by the set's name."""
+        chosen = self.choices[k][: len(self.sets)]
+        return {one.channels.name: one.widths[place] for one, place in zip(self.sets, chosen, strict=True)}
+
+    def shapes(self, k: int) -> dict[str, LayerShape]:
+        """The shape of every layer at the widths of a candidate, by the layer's name."""
+        kept = {one.channels.name: self.widths(k)[one.channels.name] / one.channels.size for one in self.sets}
+        found = {}
+        for curve in self.members:
+            sides = (_sets_of(curve.layer.name, self.sets, side) for side in ("outputs", "inputs"))
+            outputs, inputs = (math.prod(kept[one.channels.name] for one in side) for side in sides)
+            found[curve.layer.name] = curve.layer.shape.narrowed(outputs, inputs)
+        return found
+
+    def rebuilt(self, k: int) -> dict[str, float]:
+        """The errors of a candidate's widths, by the layer that the channels are called after."""
+        chosen = self.choices[k][: len(self.sets)]
+        return {one.channels.name: one.errors[place] for one, place in zip(self.sets, chosen, strict=True)}
+
+    def forms(self, k: int) -> list[int]:
+        """The place in its own curve of every member in a candidate."""
+        return [int(place) for place in self.choices[k][len(self.sets) :]]
+
+
+def width_grid(channels: ChannelSet, linear: bool, align: int | None, most: int) -> tuple[int, ...]:
+    """The widths of a set that are candidates, widest first.
+
+    They are multiples of `align`; where it is not given, of 8 on Linear layers wider than 64, and of the number of
+    parts in any case.
+    """
+    step = align if align is not None else 8 if linear and channels.size > 64 else 1
+    step = int(np.lcm(step, channels.parts))
+    if channels.size // step < 4:
+        step = channels.parts
+    whole = channels.size // step
+    fewest = max(1, round(whole / 16))
+    steps = np.unique(np.linspace(fewest, whole, min(most, whole - fewest + 1)).round().astype(int))
+    widths = [int(one) * step for one in steps]
+    return tuple(dict.fromkeys([channels.size, *reversed(widths)]))
+
+
+def measure_width(
+    channels: ChannelSet, layers: Mapping[str, LayerSpec], weights: Mapping[str, Tensor], moments: Mapping[str, Moment],
+    *, align: int | None, most: int,
+) -> Width | str:
+    """A channel set with the order in which its channels go and its widths, or why it has none.
+
+    `weights` (g, o, i, *taps) and `moments` are those of the layers that read it. The order is that of the one that
+    multiplies most; the error is the sum over all.
+    """
+    readers = sorted((port.layer for port in channels.consumers), key=lambda name: -layers[name].shape.macs)
+    for name in readers:
+        size = weights[name][0, 0].numel()
+        if moments.get(name, IDENTITY).joint is None and size > LARGEST_IDENTITY:
+            return f"{name} has {size:,} inputs, too many for what is known of them to be told apart"
+    first, *others = readers
+    linear = not layers[first].shape.kernel
+    elimination = eliminate(weights[first], moments.get(first, IDENTITY), channels.size, channels.parts)
+    widths = width_grid(channels, linear, align, most)
+    errors = np.array([elimination.error(width) for width in widths])
+    inner = {port.layer: port.inner for port in channels.consumers}
+    for name in others:
+        weight, moment = weights[name], moments.get(name, IDENTITY)
+        for place, width in enumerate(widths[1:], 1):
+            columns = entries(elimination.kept(width), inner[name])
+            errors[place] += interpolation_error(weight, moment, columns)
+    return Width(channels, elimination, widths, tuple(np.maximum.accumulate(errors).tolist()))
+
+
+def units_of(sets: Sequence[ChannelSet], layers: Mapping[str, LayerSpec]) -> list[tuple[ChannelSet, ...]]:
+    """The sets in groups that hang together by layers they share, in the order in which they were found."""
+    groups: list[list[ChannelSet]] = []
+    for one in sets:
+        own = _touched(one, layers)
+        linked = [group for group in groups if any(own & _touched(other, layers) for other in group)]
+        merged = [other for group in linked for other in group] + [one]
+        groups = [group for group in groups if group not in linked] + [merged]
+    return [tuple(group) for group in groups]
+
+
+def unit_curve(sets: Sequence[Width], members: Sequence[Curve], units: Sequence[str]) -> UnitCurve:
+    """All candidates of a unit that can be part of an optimal plan, as one curve."""
+    places = {one.channels.name: k for k, one in enumerate(sets)}
+    table: dict[tuple[int, ...], _Front] = {(): _Front.empty(len(sets) + len(members), units)}
+    opened: list[int] = []
+    for number, curve in enumerate(members):
+        name = curve.layer.name
+        sides = tuple(_sets_of(name, sets, side) for side in ("outputs", "inputs"))
+        for place in dict.fromkeys(places[one.channels.name] for side in sides for one in side):
+            if place not in opened and not _seen(place, sets, members[:number]):
+                opened.append(place)
+                table = {
+                    (*state, width): front.with_set(sets[place], place, width)
+                    for state, front in table.items()
+                    for width in range(len(sets[place].widths))
+                }
+        grown = {}
+        for state, front in table.items():
+            shares = [_share(side, places, opened, state, sets) for side in sides]
+            shape = curve.layer.shape.narrowed(*shares)
+            grown[state] = front.with_layer(curve, shape, len(sets) + number, units)
+        table = grown
+        for place in [one for one in opened if not _touches_later(sets[one], members[number + 1 :])]:
+            at = opened.index(place)
+            opened.remove(place)
+            merged: dict[tuple[int, ...], list[_Front]] = {}
+            for state, front in table.items():
+                merged.setdefault(state[:at] + state[at + 1 :], []).append(front)
+            table = {state: _Front.joined(fronts).thinned(units, FRONT) for state, fronts in merged.items()}
+    front = table[()].thinned(units, CANDIDATES)
+    return _as_curve(front, sets, members, units)
+
+
+@dataclass(frozen=True)
+class _Front:
+    """Candidates of part of a unit: errors, costs by unit, and what was chosen, -1 where nothing is yet."""
+
+    errors: FloatArray
+    costs: dict[str, IntArray]
+    choices: IntArray
+
+    @classmethod
+    def empty(cls, size: int, units: Sequence[str]) -> _Front:
+        """Nothing chosen, at no cost."""
+        zero = np.zeros(1, dtype=np.int64)
+        return cls(np.zeros(1), {unit: zero for unit in UNITS}, np.full((1, size), -1, dtype=np.int64))
+
+    @classmethod
+    def joined(cls, fronts: Sequence[_Front]) -> _Front:
+        """The candidates of several fronts."""
+        return cls(
+            np.concatenate([one.errors for one in fronts]),
+            {unit: np.concatenate([one.costs[unit] for one in fronts]) for unit in UNITS},
+            np.concatenate([one.choices for one in fronts]),
+        )
+
+    def with_set(self, one: Width, place: int, width: int) -> _Front:
+        """The candidates with a set at one of its widths."""
+        kept, size = one.widths[width], one.channels.size
+        costs = {unit: self.costs[unit] + getattr(one.channels.through, unit) * kept // size for unit in UNITS}
+        choices = self.choices.copy()
+        choices[:, place] = width
+        return _Front(self.errors + one.price * one.errors[width], costs, choices)
+
+    def with_layer(self, curve: Curve, shape: LayerShape, place: int, units: Sequence[str]) -> _Front:
+        """The candidates with every form of a layer, at the size that it has between the chosen widths."""
+        forms = np.unique(np.linspace(0, len(curve) - 1, min(FORMS, len(curve))).round().astype(np.int64))
+        own: dict[str, list[int]] = {unit: [] for unit in UNITS}
+        errors, kept = [], []
+        dense = curve.layer.cost(shape.params, shape.macs)
+        for form in forms:
+            cost = dense if form == 0 else cost_at(curve, int(form), shape)
+            if form and not _smaller(cost, dense, units):
+                continue
+            errors.append(curve.price * float(curve.errors[form]))
+            kept.append(int(form))
+            for unit in UNITS:
+                own[unit].append(getattr(cost, unit))
+        summed = (self.errors[:, None] + np.array(errors)).ravel()
+        costs = {unit: (self.costs[unit][:, None] + np.array(own[unit], dtype=np.int64)).ravel() for unit in UNITS}
+        choices = np.repeat(self.choices, len(kept), axis=0)
+        choices[:, place] = np.tile(kept, len(self.errors))
+        return _Front(summed, costs, choices).thinned(units, FRONT)
+
+    def thinned(self, units: Sequence[str], most: int) -> _Front:
+        """The candidates that no other one matches; of more than `most`, evenly spaced ones, by their costs."""
+        kept = pareto(self.errors, [self.costs[unit] for unit in units])
+        if len(kept) > most:
+            kept = kept[np.unique(np.linspace(0, len(kept) - 1, most).round().astype(np.int64))]
+        return _Front(self.errors[kept], {unit: cost[kept] for unit, cost in self.costs.items()}, self.choices[kept])
+
+
+def _as_curve(front: _Front, sets: Sequence[Width], members: Sequence[Curve], units: Sequence[str]) -> UnitCurve:
+    """A front as a curve, dense first."""
+    dense = np.zeros((1, front.choices.shape[1]), dtype=np.int64)
+    whole = {
+        unit: sum(getattr(one.layer.dense, unit) for one in members)
+        + sum(getattr(one.channels.through, unit) for one in sets)
+        for unit in UNITS
+    }
+    others = np.flatnonzero(front.choices.any(1))
+    others = others[np.argsort(-front.costs[units[0]][others], kind="stable")]
+    errors = np.concatenate([[0.0], front.errors[others]])
+    costs = {unit: np.concatenate([[whole[unit]], front.costs[unit][others]]).astype(np.int64) for unit in UNITS}
+    choices = np.concatenate([dense, front.choices[others]])
+    first = members[0].layer
+    name = sets[0].channels.name
+    return UnitCurve(
+        replace(first, name=f"unit of {name}"),
+        tuple(dict.fromkeys([*(name for one in members for name in one.tried), "interpolative"])),
+        (None, *["interpolative"] * len(others)),
+        ((), *(_label(row, sets) for row in choices[1:])),
+        errors,
+        costs,
+        errors,
+        sets=tuple(sets),
+        members=tuple(members),
+        choices=choices,
+    )
+
+
+def _label(row: IntArray, sets: Sequence[Width]) -> tuple[int, ...]:
+    """What stands for ranks in a candidate of a unit: its widths, then the forms of its layers."""
+    widths = [one.widths[place] for one, place in zip(sets, row, strict=False)]
+    return (*widths, *(int(form) for form in row[len(sets) :]))
+
+
+def cost_at(curve: Curve, form: int, shape: LayerShape) -> Cost:
+    """The cost of a layer's candidate at the shape that it has between narrower layers; of useless ranks, the layer's."""
+    if curve.methods[form] is None:
+        return curve.layer.cost(shape.params, shape.macs)
+    wiring, ranks = wiring_of(cast(str, curve.methods[form]), shape), list(curve.ranks[form])
+    for rank, largest in zip(ranks, wiring.largest_ranks(shape, ranks), strict=True):
+        if rank > largest:
+            return curve.layer.cost(shape.params, shape.macs)
+    return curve.layer.cost(int(wiring.params(shape, ranks)), int(wiring.macs(shape, ranks)))
+
+
+def _smaller(cost: Cost, dense: Cost, units: Sequence[str]) -> bool:
+    """Whether factors are smaller than the layer in one of the units, and larger in none."""
+    pairs = [(getattr(cost, unit), getattr(dense, unit)) for unit in units]
+    return all(one <= other for one, other in pairs) and any(one < other for one, other in pairs)
+
+
+def _sets_of(layer: str, sets: Sequence[Width], side: str) -> list[Width]:
+    """The sets that a layer makes or reads; one that works channel by channel does both."""
+    found = []
+    for one in sets:
+        ports = one.channels.producers if side == "outputs" else one.channels.consumers
+        if any(port.layer == layer for port in ports) or layer in one.channels.between:
+            found.append(one)
+    return found
+
+
+def _share(
+    side: Sequence[Width], places: Mapping[str, int], opened: Sequence[int], state: Sequence[int], sets: Sequence[Width]
+) -> float:
+    """Which part of a layer's outputs or inputs is kept at the widths of a state."""
+    share = 1.0
+    for one in side:
+        place = places[one.channels.name]
+        share *= one.widths[state[opened.index(place)]] / one.channels.size
+    return share
+
+
+def _touched(one: ChannelSet, layers: Mapping[str, LayerSpec]) -> set[str]:
+    return {*one.layers, *(name for name in one.between if name in layers)}
+
+
+def _touches_later(one: Width, members: Sequence[Curve]) -> bool:
+    names = {*one.channels.layers, *one.channels.between}
+    return any(curve.layer.name in names for curve in members)
+
+
+def _seen(place: int, sets: Sequence[Width], earlier: Sequence[Curve]) -> bool:
+    """Whether a set was opened with an earlier layer."""
+    return _touches_later(sets[place], earlier)

@@ -1,0 +1,171 @@
+"""Units in the flow: channels that may go, their widths and prices, and what a chosen unit makes of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from torch import nn
+
+from rankfold.budget import UNITS, Budget, Cost
+from rankfold.calibration.moments import Calibration
+from rankfold.decompositions import Factors
+from rankfold.decompositions.metric import Moment
+from rankfold.decompositions.wiring import LayerShape
+from rankfold.network.channels import Channels, find_channels
+from rankfold.network.finding import Layers
+from rankfold.network.kinds import weight_of, weight_shape
+from rankfold.network.narrowing import tried
+from rankfold.network.passes import Inputs, few, run
+from rankfold.network.tracing import followed
+from rankfold.plan import INTERPOLATIVE, LayerPlan, Narrowing, channels_named
+from rankfold.progress import Progress, silent
+from rankfold.search.curves import Curve, subset
+from rankfold.search.prices import priced
+from rankfold.search.units import WIDTHS, UnitCurve, Width, cost_at, measure_width, unit_curve, units_of
+
+EXAMPLES = 32
+"""Calibration inputs on which errors are priced."""
+
+
+def hidden_channels(
+    model: nn.Module, inputs: Inputs, layers: Layers, choices: Mapping[str, Sequence[str]]
+) -> Channels:
+    """The channel sets between layers that may be interpolative, each tried on the network; why others stay."""
+    if not any(INTERPOLATIVE in names for names in choices.values()):
+        return Channels((), {})
+    others = {name: "it is not to be interpolative" for name, names in choices.items() if INTERPOLATIVE not in names}
+    channels = find_channels(model, inputs, layers.found, {**layers.skipped, **others})
+    sound, unsound = tried(model, inputs, channels.found)
+    return Channels(sound, {**channels.kept, **unsound})
+
+
+def about_means(
+    model: nn.Module, inputs: Inputs, moments: Mapping[str, Moment], sets: Sequence[ChannelSet]
+) -> Mapping[str, Moment]:
+    """The moments, about the mean for layers that read channels where a bias or batch norm can take what it loses."""
+    readers = {port.layer: model.get_submodule(port.layer) for one in sets for port in one.consumers}
+    _, norms = followed(model, readers.values(), lambda: run(model, inputs))
+    able = {name for name, module in readers.items() if module in norms or getattr(module, "bias", None) is not None}
+    return {name: moment.centred() if name in able else moment for name, moment in moments.items()}
+
+
+def measure_widths(
+    model: nn.Module,
+    layers: Layers,
+    channels: Channels,
+    *,
+    align: int | None = None,
+    moments: Mapping[str, Moment] | None = None,
+    progress: Progress = silent,
+) -> tuple[tuple[Width, ...], Layers]:
+    """The order in which channels of every set go, with errors by width; and the layers with why others stay."""
+    specs, sets = {layer.name: layer for layer in layers.found}, channels.found
+    most = {one.name: WIDTHS if len(unit) < 3 else WIDTHS // 2 for unit in units_of(sets, specs) for one in unit}
+    found: list[Width] = []
+    kept: dict[str, str] = {}
+    for done, one in enumerate(sets):
+        progress("ordering channels", done, len(sets))
+        weights = {port.layer: weight_of(model.get_submodule(port.layer)) for port in one.consumers}
+        width = measure_width(one, specs, weights, moments or {}, align=align, most=most[one.name])
+        if isinstance(width, str):
+            kept[channels_named(one.name)] = width
+        else:
+            found.append(width)
+    if sets:
+        progress("ordering channels", len(sets), len(sets))
+    return tuple(found), layers.with_skipped(kept)
+
+
+def with_prices(
+    model: nn.Module, curves: Sequence[Curve], widths: Sequence[Width], known: Calibration, progress: Progress = silent
+) -> tuple[tuple[Curve, ...], tuple[Width, ...]]:
+    """The curves and widths with what their errors cost the network, measured on a few of the calibration inputs."""
+    return priced(model, curves, widths, known.moments, few(known.inputs, EXAMPLES), progress=progress)
+
+
+def united(
+    curves: Sequence[Curve], widths: Sequence[Width], refused: Mapping[str, str], budget: Budget
+) -> list[Curve]:
+    """A curve for every unit of the given channel sets, and those of the layers that are in none.
+
+    A layer that is refused stays dense: left out, or as part of its unit.
+    """
+    named = {curve.layer.name: curve for curve in curves}
+    units = units_of([one.channels for one in widths], {name: curve.layer for name, curve in named.items()})
+    by_name = {one.channels.name: one for one in widths}
+    joined: list[Curve] = []
+    inside: set[str] = set()
+    for sets in units:
+        touched = {name for one in sets for name in (*one.layers, *one.between)}
+        members = [
+            curve if curve.layer.name not in refused else subset(curve, np.array([0]))
+            for curve in curves
+            if curve.layer.name in touched
+        ]
+        inside |= touched
+        joined.append(unit_curve([by_name[one.name] for one in sets], members, budget.units))
+    return joined + [curve for name, curve in named.items() if name not in inside and name not in refused]
+
+
+def dense_cost(curve: Curve) -> Cost:
+    """What the curve's layers cost as they are."""
+    return Cost(*(int(curve.costs[unit][0]) for unit in UNITS))
+
+
+def members(curves: Iterable[Curve]) -> list[Curve]:
+    """The curves of layers in all curves, of units those of their members."""
+    return [one for curve in curves for one in (curve.members if isinstance(curve, UnitCurve) else (curve,))]
+
+
+def fitted_factors(pairs: Iterable[tuple[Curve, int]], narrowed: set[str]) -> dict[str, Factors]:
+    """The factors at hand of the chosen candidates; those of layers that lose channels are others."""
+    found = {}
+    for curve, k in pairs:
+        unit = isinstance(curve, UnitCurve)
+        for one, form in zip(curve.members, curve.forms(k), strict=True) if unit else ((curve, k),):
+            factors = one.factors(form)
+            if factors is not None and one.layer.name not in narrowed:
+                found[one.layer.name] = factors
+    return found
+
+
+def planned(curve: Curve, choice: int, starts: int) -> list[LayerPlan]:
+    """The plan's entries for a curve's chosen candidate: one, or those of a unit's layers."""
+    if not isinstance(curve, UnitCurve):
+        return [_layer_plan(curve, choice, starts, curve.layer.shape, 0.0)]
+    shapes, rebuilt = curve.shapes(choice), curve.rebuilt(choice)
+    return [
+        _layer_plan(member, form, starts, shapes[member.layer.name], rebuilt.get(member.layer.name, 0.0))
+        for member, form in zip(curve.members, curve.forms(choice), strict=True)
+    ]
+
+
+def _layer_plan(curve: Curve, choice: int, starts: int, shape: LayerShape, rebuilt: float) -> LayerPlan:
+    """The plan's entry for a layer's candidate at the shape it has between narrower layers; `rebuilt` is their error."""
+    layer = curve.layer
+    return LayerPlan(
+        name=layer.name,
+        kind=layer.kind,
+        weight=layer.weight,
+        decomposition=curve.methods[choice],
+        ranks=curve.ranks[choice],
+        before=layer.dense,
+        after=cost_at(curve, choice, shape),
+        aliases=layer.aliases,
+        predicted_error=float(curve.errors[choice]) + rebuilt,
+        starts=starts,
+        narrowed=() if shape == layer.shape else weight_shape(shape),
+    )
+
+
+def narrowings_of(curve: UnitCurve, choice: int) -> list[Narrowing]:
+    """The plan's entries for the channel sets that a unit's chosen candidate narrows."""
+    found = []
+    for one in curve.sets:
+        width, size, through = curve.widths(choice)[one.channels.name], one.channels.size, one.channels.through
+        if width < size:
+            after = Cost(*(getattr(through, unit) * width // size for unit in UNITS))
+            error = one.errors[one.widths.index(width)]
+            found.append(Narrowing(one.channels, one.elimination.kept(width), through, after, error))
+    return found
