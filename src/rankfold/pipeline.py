@@ -29,7 +29,7 @@ from rankfold.progress import Progress, silent
 from rankfold.search import Search
 from rankfold.search.prices import POWER
 from rankfold.search.trace import Trace
-from rankfold.units import about_means, hidden_channels, measure_widths, with_prices
+from rankfold.units import about_means, hidden_channels, measure_widths, with_metric, with_prices
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,18 @@ def compress(
     whole = opened(model, example_inputs)
     layers = find_layers(whole.model, example_inputs, include=include, exclude=exclude, closed=whole.closed)
     choices, layers = assign(layers, decomposition)
+    sets = hidden_channels(whole.model, example_inputs, layers, choices)
     known = calibrated(
-        whole.model, layers, example_inputs, calibration, samples=calibration_samples, budget=budget, progress=progress
+        whole.model,
+        with_metric(layers, choices, sets),
+        example_inputs,
+        calibration,
+        samples=calibration_samples,
+        budget=budget,
+        progress=progress,
     )
     curves = measure(whole.model, layers, choices, units=budget.units, moments=known.moments, progress=progress)
     in_order = sequential and bool(known.inputs) and not math.isfinite(budget.largest_error)
-    sets = hidden_channels(whole.model, example_inputs, layers, choices)
     about = about_means(whole.model, example_inputs, known.moments, sets.found) if in_order else known.moments
     widths, layers = measure_widths(whole.model, layers, sets, align=align, moments=about, progress=progress)
     power = 1.0

@@ -40,6 +40,13 @@ def hidden_channels(
     return Channels(sound, {**channels.kept, **unsound})
 
 
+def with_metric(layers: Layers, choices: Mapping[str, Sequence[str]], channels: Channels) -> Layers:
+    """The layers whose errors are measured: those that may be factors, or read channels."""
+    readers = {port.layer for one in channels.found for port in one.consumers}
+    factors = {name for name, names in choices.items() if any(one != INTERPOLATIVE for one in names)}
+    return Layers(tuple(one for one in layers.found if one.name in readers | factors), layers.skipped)
+
+
 def about_means(
     model: nn.Module, inputs: Inputs, moments: Mapping[str, Moment], sets: Sequence[ChannelSet]
 ) -> Mapping[str, Moment]:

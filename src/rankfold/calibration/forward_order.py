@@ -19,7 +19,6 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +26,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from rankfold.calibration.moments import LARGEST_MOMENT, MomentSum, forward_batch, patches_of, thinning_of
+from rankfold.calibration.moments import LARGEST_MOMENT, MomentSum, count_of, forward_batch, patches_of, thinning_of
 from rankfold.calibration.walks import Walk, walking
 from rankfold.decompositions import wiring_of
 from rankfold.decompositions.interpolative import by_group
@@ -48,19 +47,25 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e3)
 """λ as a share of the mean square of the inputs: the one that two-fold cross-validation over examples prefers."""
 SHARE = 0.5
 """Part of the free memory that passes may hold while they wait."""
-HELD = 4
-"""How many times as much a pass holds, about, as its largest call takes and gives."""
+LARGEST_SHARE = 2**31
+"""Bytes that they may hold at most."""
+HELD = 2
+"""How many times as much a pass holds, about, as the largest of the calls that it waits between takes and gives."""
 LARGEST_CHANGE = 16.0
 """Most by which the variance that a batch norm holds is multiplied or divided."""
 
 
 @dataclass(frozen=True)
 class _Place:
-    """A decomposed layer: how often a pass calls it, and the batch norm, by name, that takes all it gives."""
+    """A changed layer: how often a pass calls it, and the batch norm, by name, that takes all it gives.
+
+    `batches` is how many passes may wait there in memory.
+    """
 
     layer: LayerPlan
     calls: int
     norm: str | None
+    batches: int
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -90,7 +95,7 @@ def refit_(
     with evaluating(model), evaluating(student), _passes(pair, batches) as passes:
         for done, place in enumerate(passes.places):
             progress("fitting in forward order", done, len(passes.places))
-            halves = _collected(pair, place, passes.seen(place))
+            halves = _collected(pair, place, passes.seen(place), passes.active(place))
             found = _fitted(pair, place, halves)
             if place.calls == 1:
                 _recentre_(pair, place, halves[0] + halves[1], found)
@@ -140,10 +145,10 @@ class _Pairs:
     def add(self, rows: Tensor, patches: Tensor) -> None:
         """Adds outputs (g, positions, o) and the patches (g, positions, n) in their place."""
         self.inputs.add(patches)
-        self.input_sum += patches.sum(1, dtype=torch.float64).cpu()
+        self.input_sum += patches.sum(1).double().cpu()
         self.cross += (rows.mT @ patches).double().cpu()
-        self.output_sum += rows.sum(1, dtype=torch.float64).cpu()
-        self.output_squares += rows.double().square().sum(1).cpu()
+        self.output_sum += rows.sum(1).double().cpu()
+        self.output_squares += rows.square().sum(1).double().cpu()
 
     def __add__(self, other: _Pairs) -> _Pairs:
         """The sums over the pairs of both."""
@@ -187,24 +192,28 @@ def _is_refitted(module: nn.Module) -> bool:
 class _Passes:
     """The passes of two networks over the same batches, from which a layer's outputs and inputs are taken in order.
 
-    Batches whose passes can wait in memory are run once; the others, and all for layers that are called more than once,
-    from the start for every layer.
+    A batch is run once, its passes waiting at every layer: at layers of large inputs and outputs only as many batches
+    as memory allows, the others start later. For layers that are called more than once all are run from the start.
     """
 
     def __init__(self, pair: _Networks, batches: Iterable[Inputs], places: list[_Place]) -> None:
         self.pair, self.batches, self.places = pair, batches, places
-        self.walks: dict[int, tuple[Walk, Walk]] = {}
+        self.walks: list[tuple[Walk, Walk]] = []
+
+    def active(self, place: _Place) -> int:
+        """How many batches a layer is fitted to."""
+        return min(place.batches, len(self.walks)) if place.calls == 1 else count_of(self.batches)
 
     def seen(self, place: _Place) -> Iterator[tuple[int, Tensor, Tensor]]:
         """For every call of a layer the batch's number, what the original gives, and what goes into the student."""
-        number = self.places.index(place)
-        for count, batch in enumerate(self.batches):
-            if place.calls == 1 and count in self.walks:
-                original, student = self.walks[count]
+        if place.calls == 1:
+            number = self.places.index(place)
+            for count, (original, student) in enumerate(self.walks[: self.active(place)]):
                 output, x = original.to(number), student.to(number)
                 if output is not None and x is not None:
                     yield count, output, x
-                continue
+            return
+        for count, batch in enumerate(self.batches):
             given = _seen(self.pair.model, place, batch, count)
             for (_, output), (x, _) in zip(given, _seen(self.pair.student, place, batch, count), strict=True):
                 yield count, output, x
@@ -212,19 +221,17 @@ class _Passes:
 
 @contextmanager
 def _passes(pair: _Networks, batches: Iterable[Inputs]) -> Iterator[_Passes]:
-    """The passes over the batches, as many of them waiting as half of the memory that is free allows."""
-    places, size = _in_order(pair.model, pair.plan, batches)
+    """The passes over the batches, none of them begun."""
+    places = _in_order(pair.model, pair.plan, batches)
     passes = _Passes(pair, batches, places)
-    waiting = list(islice(enumerate(batches), max(0, int(free_memory() * SHARE / max(size, 1)))))
     stops = {place.layer.name: number for number, place in enumerate(places) if place.calls == 1}
 
     def walks(model: nn.Module, *, outputs: bool) -> Any:
         modules = {model.get_submodule(name): number for name, number in stops.items()}
-        return walking(model, modules, lambda batch, k: forward_batch(model, batch, k), waiting, outputs=outputs)
+        return walking(model, modules, lambda batch, k: forward_batch(model, batch, k), batches, outputs=outputs)
 
     with walks(pair.model, outputs=True) as original, walks(pair.student, outputs=False) as student:
-        pairs = zip(waiting, original, student, strict=True)
-        passes.walks = {count: (one, other) for (count, _), one, other in pairs}
+        passes.walks = list(zip(original, student, strict=True))
         yield passes
 
 
@@ -232,8 +239,8 @@ class _Reached(BaseException):
     """Ends a pass behind the layer that it was made for; not an Exception, so that no model catches it."""
 
 
-def _in_order(model: nn.Module, plan: Plan, batches: Iterable[Inputs]) -> tuple[list[_Place], int]:
-    """The changed layers that are called, in the order of their first call; and bytes that two passes hold, about.
+def _in_order(model: nn.Module, plan: Plan, batches: Iterable[Inputs]) -> list[_Place]:
+    """The changed layers that are called, in the order of their first call.
 
     Embeddings have no inputs to be fitted to, and experts may see others than the original's do: both stay as they are,
     as do matrices too wide for their moment to be kept whole.
@@ -241,18 +248,27 @@ def _in_order(model: nn.Module, plan: Plan, batches: Iterable[Inputs]) -> tuple[
     owners = {model.get_submodule(path): layer for layer in plan.changed for path in (layer.name, *layer.aliases)}
     apart = {layer for module, layer in owners.items() if not _is_refitted(module)}
     owners = {module: layer for module, layer in owners.items() if layer not in apart}
+    held: dict[LayerPlan, int] = {}
     sizes = [0]
 
     def measure(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         sizes.append(sum(one.numel() * one.element_size() for one in tensors_in([*args, output])))
+        if module in owners:
+            held[owners[module]] = max(held.get(owners[module], 0), *sizes)
+            sizes[:] = [0]
 
-    with attached(module.register_forward_hook(measure) for module in model.modules()):
+    leaves = [module for module in model.modules() if module in owners or not any(True for _ in module.children())]
+    with attached(module.register_forward_hook(measure) for module in leaves):
         order, followers = followed(model, owners, lambda: forward_batch(model, next(iter(batches)), 0))
     calls: dict[LayerPlan, int] = {}
     for module in order:
         calls[owners[module]] = calls.get(owners[module], 0) + 1
     norms = {owners[module]: norm for module, norm in followers.items()}
-    return [_Place(layer, count, norms.get(layer)) for layer, count in calls.items()], 2 * HELD * max(sizes)
+    memory, largest, allowed = min(free_memory() * SHARE, LARGEST_SHARE), 1, {}
+    for layer in reversed(calls):
+        largest = max(largest, 2 * HELD * held.get(layer, 0))
+        allowed[layer] = max(1, int(memory / largest))
+    return [_Place(layer, count, norms.get(layer), allowed[layer]) for layer, count in calls.items()]
 
 
 def free_memory() -> int:
@@ -265,13 +281,13 @@ def free_memory() -> int:
 
 
 def _collected(
-    pair: _Networks, place: _Place, seen: Iterable[tuple[int, Tensor, Tensor]]
+    pair: _Networks, place: _Place, seen: Iterable[tuple[int, Tensor, Tensor]], batches: int
 ) -> tuple[_Pairs, _Pairs]:
     """The sums of a place over two halves of the examples."""
     module, original = (one.get_submodule(place.layer.name) for one in (pair.skeleton, pair.model))
     halves = _Pairs(shape_of(module)), _Pairs(shape_of(module))
     for number, output, x in seen:
-        thinning = thinning_of(original, output, number)
+        thinning = thinning_of(original, output, number, batches)
         rows, start = pair.rows(place, output, thinning), 0
         for part in patches_of(module, x, thinning):
             middle, end = start + (part.shape[1] + number % 2) // 2, start + part.shape[1]

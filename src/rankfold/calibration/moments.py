@@ -9,7 +9,7 @@ of its input with the zeros in between that its stride stands for.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -37,10 +37,10 @@ LARGEST_SKETCH = 1024
 """Rows that are kept of the inputs of a Linear whose moment is larger than that, patches or sums of them."""
 UNSEEN = 0.1
 """Share of the mean over experts that is added to the moment of each: one that saw no inputs has some metric then."""
-ENOUGH = 16384
-"""Patches that are looked at in a batch in any case."""
-PER_ENTRY = 4
-"""Patches that are looked at in a batch for each of their entries, where there are so many."""
+ENOUGH = 2**15
+"""Patches of a layer that are looked at in any case, where there are so many."""
+PER_ENTRY = 16
+"""Patches that are looked at for each of their entries."""
 _CHUNK = 2**24
 """Entries of the patches that are cut out at a time."""
 
@@ -83,7 +83,7 @@ def calibrate(
     modules = {name: module for name, module in modules.items() if not known_kind(module).lookup}
     owners = {name: layer.name for layer in layers for name in (layer.name, *layer.aliases)}
     count = samples = 0
-    with _watched(modules, owners, sums):
+    with _watched(modules, owners, sums, count_of(batches)):
         for batch in batches:
             progress("calibrating", count, count + 1)
             forward_batch(model, batch, count)
@@ -151,7 +151,7 @@ class MomentSum:
         if self.joint is not None:
             places = slice(None) if group is None else slice(group, group + 1)
             self.joint[places] += (patches.mT @ patches).double().cpu()
-            cast(Tensor, self.sum)[places] += patches.sum(1, dtype=torch.float64).cpu()
+            cast(Tensor, self.sum)[places] += patches.sum(1).double().cpu()
             return
         if self.rows is not None:
             self.rows.append(patches.float().cpu())
@@ -204,7 +204,9 @@ def _sketched(rows: Tensor, seed: int) -> Tensor:
 
 
 @contextmanager
-def _watched(modules: Mapping[str, nn.Module], owners: Mapping[str, str], sums: dict[str, MomentSum]) -> Iterator[None]:
+def _watched(
+    modules: Mapping[str, nn.Module], owners: Mapping[str, str], sums: dict[str, MomentSum], batches: int
+) -> Iterator[None]:
     """Hooks that add up the patches of every call, gone afterwards whatever happens."""
 
     def hook(name: str) -> Any:
@@ -214,7 +216,7 @@ def _watched(modules: Mapping[str, nn.Module], owners: Mapping[str, str], sums: 
                 sums[name] = MomentSum(shape_of(module))
             group = int(args[1]) if known_kind(module).stacked else None
             calls[name] = calls.get(name, -1) + 1
-            thinning = slice(None) if group is not None else thinning_of(module, output, calls[name])
+            thinning = slice(None) if group is not None else thinning_of(module, output, calls[name], batches)
             for patches in patches_of(module, x.detach(), thinning):
                 sums[name].add(patches, group)
 
@@ -265,19 +267,23 @@ def _spread(module: nn.Module, x: Tensor) -> Tensor:
     return functional.pad(x, amounts)
 
 
-def thinning_of(module: nn.Module, output: Tensor, number: int) -> slice:
-    """Which rows of an output of a layer, or positions of a Linear's, are looked at in a batch of some number.
+def thinning_of(module: nn.Module, output: Tensor, number: int, batches: int) -> slice:
+    """Which rows of an output of a layer, or positions of a Linear's, are looked at in one of so many batches.
 
-    As many as there are need for: patches are much alike, and a few times as many as they have entries tell their
+    As many as there is need for: patches are much alike, and some times as many as they have entries tell their
     moment. The first row is another one in every batch.
     """
-    axes, columns = known_kind(module).axes, shape_of(module).params // max(
-        shape_of(module).groups * shape_of(module).outputs, 1
-    )
+    axes, shape = known_kind(module).axes, shape_of(module)
+    columns = shape.params // max(shape.groups * shape.outputs, 1)
     positions = output[..., 0].numel() if axes == 0 else output.numel() // output.shape[output.ndim - 1 - axes]
     rows = positions if axes == 0 else output.shape[-axes]
-    step = min(positions // max(ENOUGH, PER_ENTRY * columns), rows)
+    step = min(positions * batches // max(ENOUGH, PER_ENTRY * columns), rows)
     return slice(number % step, None, step) if step > 1 else slice(None)
+
+
+def count_of(batches: Iterable[Any]) -> int:
+    """How many batches there are, where it is known; else one."""
+    return len(batches) if isinstance(batches, Sized) else 1
 
 
 def _cut(module: nn.Module, x: Tensor, thinning: slice) -> Tensor:

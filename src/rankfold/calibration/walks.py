@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,7 +99,7 @@ def walking(
     model: nn.Module,
     stops: Mapping[nn.Module, int],
     forward: Callable[[Inputs, int], object],
-    batches: Sequence[tuple[int, Inputs]],
+    batches: Iterable[Inputs],
     *,
     outputs: bool,
 ) -> Iterator[list[Walk]]:
@@ -127,7 +127,7 @@ def walking(
         else module.register_forward_pre_hook(before(place), with_kwargs=True)
         for module, place in stops.items()
     )
-    walks = [Walk(lambda batch=batch, number=number: forward(batch, number)) for number, batch in batches]
+    walks = [Walk(lambda batch=batch, number=number: forward(batch, number)) for number, batch in enumerate(batches)]
     with attached(hooks):
         try:
             yield walks

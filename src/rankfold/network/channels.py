@@ -81,7 +81,8 @@ class _Watch(TorchDispatchMode):
     def __init__(self, model: nn.Module, layers: Mapping[str, LayerSpec], skipped: Mapping[str, str]) -> None:
         super().__init__()
         self.model, self.layers, self.skipped = model, layers, skipped
-        self.names = {module: name for name, module in model.named_modules()}
+        self.modules = dict(model.named_modules())
+        self.names = {module: name for name, module in self.modules.items()}
         self.owned = {id(one): name for name, one in (*model.named_parameters(), *model.named_buffers())}
         self.tags: dict[int, tuple[Tensor, Tag]] = {}
         self.sets: dict[tuple[str, int, int], _Set] = {}
@@ -184,14 +185,14 @@ class _Watch(TorchDispatchMode):
                 return reason
         if name in self.layers:
             return "its weight is shared with other layers" if self.layers[name].aliases else ""
-        module = dict(self.model.named_modules()).get(name)
+        module = self.modules.get(name)
         if module is not None and kind_of(module) is not None:
             return "it is not one of the layers that may change"
         return ""
 
     def _cost_between(self, between: Iterable[str], producers: Iterable[tuple[str, int, int]]) -> Cost:
         """Parameters and bytes of what works channel by channel, weights of layers left out, and of producers' biases."""
-        modules = dict(self.model.named_modules())
+        modules = self.modules
         tensors: list[Tensor] = []
         buffers: list[Tensor] = []
         for name in between:

@@ -196,15 +196,14 @@ def _keep_inputs_(module: nn.Module, columns: Tensor) -> None:
 
 def _keep_between_(model: nn.Module, name: str, kept: Tensor) -> None:
     """What works channel by channel, on some channels."""
-    modules = dict(model.named_modules())
-    if name not in modules:
+    if _is_parameter(model, name):
         holder, _, own = name.rpartition(".")
         parameter = model.get_parameter(name)
         axis = next(k for k, size in enumerate(parameter.shape) if size == parameter.numel())
         part = parameter.detach().index_select(axis, kept.to(parameter.device))
         setattr(model.get_submodule(holder), own, nn.Parameter(part, parameter.requires_grad))
         return
-    module: Any = modules[name]
+    module: Any = model.get_submodule(name)
     size = next(one.shape[0] for one in (*module.parameters(), *module.buffers()) if one.ndim)
     for own, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None and tensor.ndim and tensor.shape[0] == size:
