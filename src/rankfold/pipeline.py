@@ -86,6 +86,11 @@ def compress(
     the original's outputs from the compressed network's inputs, and biases and batch norms are corrected, unless
     `sequential` is false or the budget limits the error.
 
+    With "interpolative" among the decompositions ("auto" has it), channels of hidden activations can go as well: the
+    layers around them get narrower, and what reads them rebuilds the others (`rankfold.network.channels` says which
+    may). Widths are multiples of `align`, which is 8 on Linear layers wider than 64 unless given. Errors of ranks and
+    widths are then weighed against each other by what they cost the network's output on a few calibration inputs.
+
     What is packed is opened first (attention, recurrent layers, experts, computed weights: `rankfold.network.opening`),
     and a layer that cannot be replaced stays as it is, with the reason in the plan. Embeddings, whose factors cost what
     reading a row does not, are left whole unless they are included or the budget cannot be met without them.
@@ -122,7 +127,9 @@ def compress(
     found = feasible_plan(task, layers, curves, widths, progress=progress)
     settings = {**_provenance(known, in_order), "decomposition": _as_json(decomposition)}
     plan = replace(found.plan, settings={**found.plan.settings, **settings})
-    student, plan = apply_plan(model, plan, factors=found.factors, moments=known.moments, rebuilding=about, progress=progress)
+    student, plan = apply_plan(
+        model, plan, factors=found.factors, moments=known.moments, rebuilding=about, progress=progress
+    )
     if in_order:
         plan = refit_(student, whole.model, plan, known.inputs, moments=known.moments, progress=progress)
     plan = verified(model, student, plan, example_inputs)

@@ -245,10 +245,10 @@ def _layer_from_dict(entry: Mapping[str, Any]) -> LayerPlan:
 
 def _narrowing_from_dict(entry: Mapping[str, Any]) -> Narrowing:
     channels = dict(entry["channels"])
-    ports = {name: tuple(Port(**port) for port in channels.pop(name)) for name in ("producers", "consumers")}
+    made, read = (tuple(Port(**port) for port in channels.pop(name)) for name in ("producers", "consumers"))
     through, between = Cost(**channels.pop("through")), tuple(channels.pop("between"))
     return Narrowing(
-        ChannelSet(**channels, **ports, between=between, through=through),
+        ChannelSet(producers=made, consumers=read, between=between, through=through, **channels),
         tuple(int(one) for one in entry["kept"]),
         Cost(**entry["before"]),
         Cost(**entry["after"]),

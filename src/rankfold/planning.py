@@ -65,8 +65,9 @@ def feasible_plan(
 ) -> Found:
     """The plan a search finds, with every layer left out that rehearsing it shows not to be replaceable.
 
-    Channels of `widths` may go, if rehearsing it does not show that the network breaks without them. Embeddings are decomposed where the user chose the layers, or where the budget cannot be met without. Raises
-    BudgetError, naming what was left out, where there is no plan.
+    Channels of `widths` may go, if rehearsing it does not show that the network breaks without them. Embeddings are
+    decomposed where the user chose the layers, or where the budget cannot be met without. Raises BudgetError, naming
+    what was left out, where there is no plan.
     """
     refused: dict[str, str] = {}
     held = {} if task.whole_choice else {c.layer.name: _EMBEDDING for c in curves if _is_lookup(c.layer)}
@@ -74,7 +75,9 @@ def feasible_plan(
         held = {}
     while True:
         gone = {**refused, **held}
-        left = united(curves, [one for one in widths if channels_named(one.channels.name) not in gone], gone, task.budget)
+        left = united(
+            curves, [one for one in widths if channels_named(one.channels.name) not in gone], gone, task.budget
+        )
         if not left:
             reasons = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in refused.items())
             raise ModelError(f"no layer can be replaced: {reasons}")
@@ -239,6 +242,8 @@ def pose(curves: Sequence[Curve], before: Cost, budget: Budget) -> Problem:
 
 def no_gain(curve: Curve) -> str:
     """Why a layer has no candidate but itself, in words."""
+    if not curve.tried:
+        return "none of its inputs or outputs can be left out"
     forms = "; ".join(dict.fromkeys(smallest_form(curve.layer, name) for name in curve.tried))
     return f"no rank makes it smaller: {forms}"
 

@@ -18,7 +18,7 @@ from rankfold.network.kinds import weight_of, weight_shape
 from rankfold.network.narrowing import tried
 from rankfold.network.passes import Inputs, few, run
 from rankfold.network.tracing import followed
-from rankfold.plan import INTERPOLATIVE, LayerPlan, Narrowing, channels_named
+from rankfold.plan import INTERPOLATIVE, ChannelSet, LayerPlan, Narrowing, channels_named
 from rankfold.progress import Progress, silent
 from rankfold.search.curves import Curve, subset
 from rankfold.search.prices import priced
@@ -28,9 +28,7 @@ EXAMPLES = 32
 """Calibration inputs on which errors are priced."""
 
 
-def hidden_channels(
-    model: nn.Module, inputs: Inputs, layers: Layers, choices: Mapping[str, Sequence[str]]
-) -> Channels:
+def hidden_channels(model: nn.Module, inputs: Inputs, layers: Layers, choices: Mapping[str, Sequence[str]]) -> Channels:
     """The channel sets between layers that may be interpolative, each tried on the network; why others stay."""
     if not any(INTERPOLATIVE in names for names in choices.values()):
         return Channels((), {})
@@ -91,9 +89,7 @@ def with_prices(
     return priced(model, curves, widths, known.moments, few(known.inputs, EXAMPLES), progress=progress)
 
 
-def united(
-    curves: Sequence[Curve], widths: Sequence[Width], refused: Mapping[str, str], budget: Budget
-) -> list[Curve]:
+def united(curves: Sequence[Curve], widths: Sequence[Width], refused: Mapping[str, str], budget: Budget) -> list[Curve]:
     """A curve for every unit of the given channel sets, and those of the layers that are in none.
 
     A layer that is refused stays dense: left out, or as part of its unit.
@@ -129,8 +125,8 @@ def fitted_factors(pairs: Iterable[tuple[Curve, int]], narrowed: set[str]) -> di
     """The factors at hand of the chosen candidates; those of layers that lose channels are others."""
     found = {}
     for curve, k in pairs:
-        unit = isinstance(curve, UnitCurve)
-        for one, form in zip(curve.members, curve.forms(k), strict=True) if unit else ((curve, k),):
+        parts = zip(curve.members, curve.forms(k), strict=True) if isinstance(curve, UnitCurve) else ((curve, k),)
+        for one, form in parts:
             factors = one.factors(form)
             if factors is not None and one.layer.name not in narrowed:
                 found[one.layer.name] = factors
@@ -149,7 +145,7 @@ def planned(curve: Curve, choice: int, starts: int) -> list[LayerPlan]:
 
 
 def _layer_plan(curve: Curve, choice: int, starts: int, shape: LayerShape, rebuilt: float) -> LayerPlan:
-    """The plan's entry for a layer's candidate at the shape it has between narrower layers; `rebuilt` is their error."""
+    """The plan's entry for a layer's candidate between narrower layers; `rebuilt` is the error of its inputs."""
     layer = curve.layer
     return LayerPlan(
         name=layer.name,

@@ -10,6 +10,7 @@ import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -127,7 +128,7 @@ def walking(
         else module.register_forward_pre_hook(before(place), with_kwargs=True)
         for module, place in stops.items()
     )
-    walks = [Walk(lambda batch=batch, number=number: forward(batch, number)) for number, batch in enumerate(batches)]
+    walks = [Walk(partial(forward, batch, number)) for number, batch in enumerate(batches)]
     with attached(hooks):
         try:
             yield walks

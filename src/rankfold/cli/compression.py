@@ -103,6 +103,12 @@ def compress(
         bool,
         typer.Option(help="Fit layers once more, in forward order, to the original's outputs from compressed inputs."),
     ] = True,
+    align: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Widths that are multiples of this; default 8 on Linear layers wider than 64, else 1."
+        ),
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="File that rene keeps its state in, and goes on from when started again.")
     ] = None,
@@ -138,6 +144,7 @@ def compress(
             search=finder,
             calibration=_calibration(calibration, calibration_samples, source, shape),
             calibration_samples=calibration_samples,
+            align=align,
             sequential=sequential,
             include=include or None,
             exclude=exclude or (),

@@ -34,7 +34,8 @@ Decompositions = Annotated[
     typer.Option(
         "--decomposition",
         "-d",
-        help="svd, spatial, tucker, tt, cp, cp3, ring; several with commas, or auto, for the best per layer; "
+        help="svd, spatial, tucker, tt, cp, cp3, ring, or interpolative (fewer channels between layers); "
+        "several with commas, or auto, for the best of all per layer; "
         "PATTERN=NAME for the layers a glob matches (repeatable).",
     ),
 ]

@@ -41,8 +41,10 @@ class Moment:
 
     def of_groups(self, chosen: Int64[Tensor, " kept"]) -> Moment:
         """The moment of some groups."""
-        kept = {name: getattr(self, name) for name in ("joint", "inputs", "taps", "rows", "mean")}
-        return replace(self, **{name: None if one is None else one[chosen] for name, one in kept.items()})
+        held = (self.joint, self.inputs, self.taps, self.rows)
+        joint, inputs, taps, rows = (None if one is None else one[chosen] for one in held)
+        mean = None if self.mean is None else self.mean[chosen]
+        return replace(self, joint=joint, inputs=inputs, taps=taps, rows=rows, mean=mean)
 
     def of_inputs(self, chosen: Int64[Tensor, "g kept"], taps: int) -> Moment:
         """The moment of some inputs of every group, with all their taps."""

@@ -15,7 +15,7 @@ Placed = tuple[int, int]
 
 _UNARY = (
     "relu gelu silu sigmoid tanh hardtanh hardswish hardsigmoid clamp clamp_min clamp_max leaky_relu elu selu celu "
-    "softplus mish log_sigmoid neg abs pow exp expm1 sqrt rsqrt square log log1p erf sign reciprocal relu6 rsub threshold "
+    "softplus mish log_sigmoid neg abs pow exp expm1 sqrt rsqrt square log log1p erf sign reciprocal rsub threshold "
     "_prelu_kernel prelu dropout native_dropout feature_dropout alpha_dropout clone contiguous _to_copy detach alias "
     "lift_fresh sin cos round floor"
 )

@@ -33,7 +33,8 @@ def apply_plan(
 
     The original is untouched. `factors` are those already at hand, by layer name; others are fitted, in the metric of
     the layer's entry in `moments` if it has one. Channels that are gone are rebuilt by the moments in `rebuilding`,
-    where they are other ones: about the mean, if it is set right afterwards. Raises PlanError where the plan does not fit the model.
+    where they are other ones: about the mean, if it is set right afterwards. Raises PlanError where the plan does not
+    fit the model.
     """
     whole = opened_for(model, plan)
     student = open_(duplicate(model), plan.opened)
@@ -90,6 +91,14 @@ def opened_for(model: nn.Module, plan: Plan) -> nn.Module:
     It shares its tensors with the model, which is left as it is, but for those made under inference mode.
     """
     return open_((duplicate if needs_copy(model) else sharing)(model), plan.opened) if plan.opened else model
+
+
+def narrowed_for(model: nn.Module, plan: Plan) -> nn.Module:
+    """The original with the layers that a plan decomposes, whole: opened, and without the channels that are gone.
+
+    It shares what it can with the model, which is left as it is.
+    """
+    return narrow_(sharing(opened_for(model, plan)), plan.narrowings) if plan.narrowings else opened_for(model, plan)
 
 
 def swapped(model: nn.Module, layer: LayerPlan, factors: tuple[Tensor, ...]) -> nn.Module:

@@ -15,6 +15,7 @@ from rankfold.reports.layout import Listing, grouped, shown_name
 if TYPE_CHECKING:
     from rankfold.files.export import Exported
     from rankfold.pipeline import Result
+    from rankfold.plan import LayerPlan
     from rankfold.reports.analysis import Analysis
     from rankfold.reports.comparison import Comparison, Side
     from rankfold.reports.demo import Row
@@ -29,6 +30,7 @@ def compression_dict(result: Result, out: Path) -> dict[str, Any]:
             "kind": layer.kind,
             "decomposition": layer.decomposition,
             "ranks": list(layer.ranks),
+            "narrowed": list(layer.narrowed),
             "error": layer.error,
             "before": vars(layer.before),
             "after": vars(layer.after),
@@ -44,6 +46,10 @@ def compression_dict(result: Result, out: Path) -> dict[str, Any]:
         "out": str(out),
         "calibration": calibration(result.plan.settings),
         "layers": layers,
+        "narrowings": [
+            {"read_by": one.name, "channels": one.channels.size, "kept": list(one.kept)}
+            for one in result.plan.narrowings
+        ],
         "skipped": dict(result.plan.skipped),
     }
 
@@ -57,11 +63,11 @@ def compression(result: Result, out: Path) -> RenderableType:
             shown_name(layer.name),
             layer.kind,
             "×".join(map(str, layer.weight)),
-            layer.decomposition or Text("dense", "dim"),
+            _becomes(layer),
             " ".join(map(str, layer.ranks)),
             count(layer.before.macs),
             f"{100 * kept:.0f} %",
-            f"{100 * layer.error:.1f}" if layer.decomposition else "",
+            f"{100 * layer.error:.1f}" if layer.decomposition or layer.narrowed else "",
         )
     bound = result.plan.settings.get("bound")
     objective = result.plan.settings.get("objective", 0.0)
@@ -75,6 +81,14 @@ def compression(result: Result, out: Path) -> RenderableType:
         Text(f"{out}  ({result.seconds:.1f} s)"),
     ]
     return Group(table, skipped(result.plan.skipped), *notes)
+
+
+def _becomes(layer: LayerPlan) -> str | Text:
+    """What becomes of a layer: factors, fewer channels, both, or nothing."""
+    narrower = "×".join(map(str, layer.narrowed))
+    if layer.decomposition:
+        return f"{narrower}, {layer.decomposition}" if narrower else layer.decomposition
+    return narrower or Text("dense", "dim")
 
 
 def calibration(settings: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from rankfold.network.kinds import module_weight, weight_of
 from rankfold.network.passes import Inputs, output_of, run
 from rankfold.plan import LayerSpec
 from rankfold.progress import Progress, silent
-from rankfold.search.curves import Curve
+from rankfold.search.curves import Curve, FloatArray
 from rankfold.search.network_objectives import Divergence, class_axis
 from rankfold.search.units import Width
 
@@ -55,10 +56,14 @@ def priced(
     output = output_of(run(model, inputs[0]))
     objective = Divergence(model, inputs, logits=output.ndim > 1 and output.shape[class_axis(output)] > 1)
     specs = {curve.layer.name: curve.layer for curve in curves}
-    total, found = len(curves) + len(widths), []
-    for done, one in enumerate((*curves, *widths)):
+    total = len(curves) + len(widths)
+    found: list[float | None] = []
+    trials = chain(
+        (_of_layer(model, curve, moments) for curve in curves),
+        (_of_width(model, width, specs, moments) for width in widths),
+    )
+    for done, trial in enumerate(trials):
         progress("pricing errors", done, total)
-        trial = _of_layer(model, one, moments) if isinstance(one, Curve) else _of_width(model, one, specs, moments)
         found.append(None if trial is None else objective.loss_with(dict(trial.weights)) / trial.error)
     progress("pricing errors", total, total)
     known = [max(price, 0.0) for price in found if price is not None]
@@ -76,7 +81,9 @@ def _of_layer(model: nn.Module, curve: Curve, moments: Mapping[str, Moment]) -> 
         return None
     layer, moment = curve.layer, moments.get(curve.layer.name, IDENTITY)
     weight, wiring = weight_of(model.get_submodule(layer.name)), wiring_of("svd", layer.shape)
-    expansion = curve.exact if curve.exact is not None and is_matrix(wiring) else expand("svd", weight, layer.shape, moment)
+    expansion = (
+        curve.exact if curve.exact is not None and is_matrix(wiring) else expand("svd", weight, layer.shape, moment)
+    )
     (grid,) = expansion.grids()
     place = _nearest(grid.errors)
     if place is None:
@@ -102,7 +109,7 @@ def _of_width(
     return Trial(weights, width.errors[place])
 
 
-def _nearest(errors: np.ndarray) -> int | None:
+def _nearest(errors: FloatArray) -> int | None:
     """The place of the error that is nearest to a trial's; None where all are zero."""
     known = np.flatnonzero(errors > 1e-9)
     return int(known[np.abs(np.log(errors[known] / TRIAL)).argmin()]) if len(known) else None

@@ -3,9 +3,10 @@
 A unit's layers hang together by the channel sets that they make and read. A candidate says how many channels every set
 keeps and what becomes of every layer: dense, or factors. Its error is the sum of those of its parts, each relative to
 the output of the layer that it is made at: of the layers' factors, and of what is rebuilt at the layers that read a
-set. Where prices are known the parts count by them. Its cost is exact: a layer's is that of its narrowed form, so it depends on the width before it and the one behind.
-All candidates of a unit are found set by set (non-serial dynamic programming: Bertelè and Brioschi 1972), with those
-left out that another one matches in the error and every cost; where many are left, evenly spaced ones of them.
+set. Where prices are known the parts count by them. Its cost is exact: a layer's is that of its narrowed form, so it
+depends on the width before it and the one behind. All candidates of a unit are found set by set (non-serial dynamic
+programming: Bertelè and Brioschi 1972), with those left out that another one matches in the error and every cost;
+where many are left, evenly spaced ones of them.
 """
 
 from __future__ import annotations
@@ -112,8 +113,13 @@ def width_grid(channels: ChannelSet, linear: bool, align: int | None, most: int)
 
 
 def measure_width(
-    channels: ChannelSet, layers: Mapping[str, LayerSpec], weights: Mapping[str, Tensor], moments: Mapping[str, Moment],
-    *, align: int | None, most: int,
+    channels: ChannelSet,
+    layers: Mapping[str, LayerSpec],
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Moment],
+    *,
+    align: int | None,
+    most: int,
 ) -> Width | str:
     """A channel set with the order in which its channels go and its widths, or why it has none.
 
@@ -195,7 +201,7 @@ class _Front:
     def empty(cls, size: int, units: Sequence[str]) -> _Front:
         """Nothing chosen, at no cost."""
         zero = np.zeros(1, dtype=np.int64)
-        return cls(np.zeros(1), {unit: zero for unit in UNITS}, np.full((1, size), -1, dtype=np.int64))
+        return cls(np.zeros(1), dict.fromkeys(UNITS, zero), np.full((1, size), -1, dtype=np.int64))
 
     @classmethod
     def joined(cls, fronts: Sequence[_Front]) -> _Front:
@@ -229,7 +235,9 @@ class _Front:
             for unit in UNITS:
                 own[unit].append(getattr(cost, unit))
         summed = (self.errors[:, None] + np.array(errors)).ravel()
-        costs = {unit: (self.costs[unit][:, None] + np.array(own[unit], dtype=np.int64)).ravel() for unit in UNITS}
+        costs: dict[str, IntArray] = {
+            unit: (self.costs[unit][:, None] + np.array(own[unit], dtype=np.int64)).ravel() for unit in UNITS
+        }
         choices = np.repeat(self.choices, len(kept), axis=0)
         choices[:, place] = np.tile(kept, len(self.errors))
         return _Front(summed, costs, choices).thinned(units, FRONT)
@@ -278,7 +286,7 @@ def _label(row: IntArray, sets: Sequence[Width]) -> tuple[int, ...]:
 
 
 def cost_at(curve: Curve, form: int, shape: LayerShape) -> Cost:
-    """The cost of a layer's candidate at the shape that it has between narrower layers; of useless ranks, the layer's."""
+    """The cost of a layer's candidate at the shape that it has between narrower layers; of useless ranks, its own."""
     if curve.methods[form] is None:
         return curve.layer.cost(shape.params, shape.macs)
     wiring, ranks = wiring_of(cast(str, curve.methods[form]), shape), list(curve.ranks[form])

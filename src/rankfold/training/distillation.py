@@ -3,8 +3,9 @@
     L = a L_task + b T² KL(teacher ‖ student at temperature T) + c Σ_i ‖W_i − Ŵ_i‖² + d Σ_i ‖O_i(x) − D_i(x)‖²
 
 The last two are L_diss of arXiv 2409.03555: W_i and O_i are the weight and the output of the original's i-th decomposed
-layer, Ŵ_i and D_i those of its factors. They need the original as the teacher, the second term any network that gives
-the same classes (Hinton et al., arXiv 1503.02531). Each is a mean over entries and layers, or a sum.
+layer, Ŵ_i and D_i those of its factors; layers that lost channels have no match and are left out. They need the
+original as the teacher, the second term any network that gives the same classes (Hinton et al., arXiv 1503.02531). Each
+is a mean over entries and layers, or a sum.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ class Distillation:
         if losses.by_layer and teacher is not None and plan is not None:
             teacher = opened_original(teacher, plan)
         self.losses, self.student, self.teacher = losses, student, teacher
-        self.layers = plan.decomposed if plan and losses.by_layer else ()
+        self.layers = tuple(one for one in plan.decomposed if not one.narrowed) if plan and losses.by_layer else ()
+        if losses.by_layer and not self.layers:
+            raise TrainingError("no layer is decomposed and as wide as it was; set the losses by layer to zero")
         for layer in self.layers:
             check_place(cast(nn.Module, teacher), layer, "make it the teacher, or set the losses by layer to zero")
 

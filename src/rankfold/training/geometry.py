@@ -8,6 +8,7 @@ less; and gradients are scaled to be those of the weight, projected on what the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 
 from rankfold.decompositions import damped, is_polyadic, scaled_gradients, wiring_of
 from rankfold.decompositions.wiring import LayerShape, Wiring
-from rankfold.errors import TrainingError
+from rankfold.errors import PlanError, TrainingError
 from rankfold.network.kinds import known_kind, shape_of, weights_of_stages
 from rankfold.network.layouts import as_factors, as_stage_weights, empty_factors, write_factors_
-from rankfold.network.surgery import opened_for
+from rankfold.network.surgery import narrowed_for, opened_for
 from rankfold.plan import LayerPlan, Plan
 
 RIDGE = 0.01
@@ -46,7 +47,7 @@ class Geometry:
     """
 
     def __init__(self, student: nn.Module, original: nn.Module, plan: Plan) -> None:
-        original = opened_original(original, plan)
+        original = _of_plan(narrowed_for, original, plan)
         self.layers = [_factorised(student, original, layer) for layer in plan.decomposed]
         self.parameters = {weight for layer in self.layers for weight in layer.weights}
 
@@ -87,9 +88,13 @@ class Geometry:
 
 def opened_original(model: nn.Module, plan: Plan) -> nn.Module:
     """The network that a plan is of, with what the plan opens opened; raises TrainingError where it is another one."""
+    return _of_plan(opened_for, model, plan)
+
+
+def _of_plan(make: Callable[[nn.Module, Plan], nn.Module], model: nn.Module, plan: Plan) -> nn.Module:
     try:
-        return opened_for(model, plan)
-    except (AttributeError, KeyError, TypeError) as error:
+        return make(model, plan)
+    except (AttributeError, KeyError, TypeError, PlanError) as error:
         raise TrainingError(
             f"the network taken for the original is not the one that the plan is of: {error}"
         ) from error
@@ -102,9 +107,9 @@ def check_place(model: nn.Module, layer: LayerPlan, advice: str) -> None:
         found = (known_kind(module).name, tuple(cast(Tensor, module.weight).shape))
     except AttributeError:
         found = ("", ())
-    if found != (layer.kind, layer.weight):
+    if found != (layer.kind, layer.dense):
         raise TrainingError(
-            f"{layer.name}: the network taken for the original has no {layer.kind} of weight {layer.weight} there; "
+            f"{layer.name}: the network taken for the original has no {layer.kind} of weight {layer.dense} there; "
             f"{advice}"
         )
 

@@ -14,11 +14,13 @@ from torch import nn
 
 from rankfold.calibration.synthetic import synthetic_inputs
 from rankfold.decompositions import relative_error, wiring_of
+from rankfold.decompositions.metric import IDENTITY
 from rankfold.errors import DataError
 from rankfold.evaluation import accuracy, latency
 from rankfold.files.artifact import check_target, digest, load, load_plan, save
 from rankfold.files.original import load_original_, rebuild
 from rankfold.network.kinds import shape_of, stage_factors, weight_of
+from rankfold.network.narrowing import narrowed_error
 from rankfold.network.surgery import opened_for
 from rankfold.pipeline import Result
 from rankfold.plan import LayerPlan, Plan
@@ -136,7 +138,7 @@ def fine_tune_saved(
         "metric": "frobenius, after fine-tuning",
     }
     dense = opened_for(source.model, plan)
-    measured = tuple(_measured(layer, dense, trained.model) for layer in plan.layers)
+    measured = tuple(_measured(layer, dense, trained.model, plan) for layer in plan.layers)
     plan = replace(plan, settings=settings, layers=measured)
     held, final = (
         tuple(accuracy(model, part, progress=progress, what=f"scoring on {what}").top1 for model in models)
@@ -179,8 +181,10 @@ def _teacher(given: tuple[str, str | Path]) -> nn.Module:
     return model
 
 
-def _measured(layer: LayerPlan, original: nn.Module, student: nn.Module) -> LayerPlan:
+def _measured(layer: LayerPlan, original: nn.Module, student: nn.Module, plan: Plan) -> LayerPlan:
     """The plan's entry with the relative squared Frobenius error of the factors as they are now."""
+    if layer.narrowed:
+        return replace(layer, error=narrowed_error(original, student, plan, layer, IDENTITY))
     if layer.decomposition is None:
         return layer
     module = original.get_submodule(layer.name)

@@ -1,0 +1,194 @@
+"""In step: an original and its student, run over the same batches and stopped at one changed layer after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rankfold.calibration.moments import LARGEST_MOMENT, count_of, forward_batch
+from rankfold.calibration.walks import Walk, walking
+from rankfold.decompositions.interpolative import by_group
+from rankfold.network.hooks import attached
+from rankfold.network.kinds import known_kind, shape_of
+from rankfold.network.narrowing import rows_of
+from rankfold.network.passes import Inputs, tensors_in
+from rankfold.network.tracing import followed
+from rankfold.plan import LayerPlan, Plan
+
+SHARE = 0.5
+"""Part of the free memory that passes may hold while they wait."""
+LARGEST_SHARE = 2**31
+"""Bytes that they may hold at most."""
+HELD = 2
+"""How many times as much a pass holds, about, as the largest of the calls that it waits between takes and gives."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A changed layer: how often a pass calls it, and the batch norm, by name, that takes all it gives.
+
+    `batches` is how many passes may wait there in memory.
+    """
+
+    layer: LayerPlan
+    calls: int
+    norm: str | None
+    batches: int
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All names of the layer."""
+        return (self.layer.name, *self.layer.aliases)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The original, the student, and the original as narrow as the student: its layers say how theirs are called."""
+
+    model: nn.Module
+    student: nn.Module
+    skeleton: nn.Module
+    plan: Plan
+
+    def rows(self, place: Place, output: Tensor, thinning: slice) -> Float[Tensor, "g positions o"]:
+        """What a layer of the original gave, one row per position, of the outputs that the student has."""
+        module = self.model.get_submodule(place.layer.name)
+        rows = _rows(module, output, thinning)
+        if not place.layer.narrowed:
+            return rows
+        shape = shape_of(module)
+        kept = rows_of(self.plan.narrowings, place.layer.name, shape.groups * shape.outputs)
+        if shape.depthwise:
+            return rows[kept]
+        return torch.stack([rows[g][:, one] for g, one in enumerate(by_group(kept, shape.groups, shape.outputs))])
+
+
+class Passes:
+    """The passes of two networks over the same batches, from which a layer's outputs and inputs are taken in order.
+
+    A batch is run once, its passes waiting at every layer: at layers of large inputs and outputs only as many batches
+    as memory allows, the others start later. For layers that are called more than once all are run from the start.
+    """
+
+    def __init__(self, pair: Networks, batches: Iterable[Inputs], places: list[Place]) -> None:
+        self.pair, self.batches, self.places = pair, batches, places
+        self.walks: list[tuple[Walk, Walk]] = []
+
+    def active(self, place: Place) -> int:
+        """How many batches a layer is fitted to."""
+        return min(place.batches, len(self.walks)) if place.calls == 1 else count_of(self.batches)
+
+    def seen(self, place: Place) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """For every call of a layer the batch's number, what the original gives, and what goes into the student."""
+        if place.calls == 1:
+            number = self.places.index(place)
+            for count, (original, student) in enumerate(self.walks[: self.active(place)]):
+                output, x = original.to(number), student.to(number)
+                if output is not None and x is not None:
+                    yield count, output, x
+            return
+        for count, batch in enumerate(self.batches):
+            given = _seen(self.pair.model, place, batch, count)
+            for (_, output), (x, _) in zip(given, _seen(self.pair.student, place, batch, count), strict=True):
+                yield count, output, x
+
+
+@contextmanager
+def in_step(pair: Networks, batches: Iterable[Inputs]) -> Iterator[Passes]:
+    """The passes over the batches, none of them begun."""
+    places = _in_order(pair.model, pair.plan, batches)
+    passes = Passes(pair, batches, places)
+    stops = {place.layer.name: number for number, place in enumerate(places) if place.calls == 1}
+
+    def walks(model: nn.Module, *, outputs: bool) -> Any:
+        modules = {model.get_submodule(name): number for name, number in stops.items()}
+        return walking(model, modules, lambda batch, k: forward_batch(model, batch, k), batches, outputs=outputs)
+
+    with walks(pair.model, outputs=True) as original, walks(pair.student, outputs=False) as student:
+        passes.walks = list(zip(original, student, strict=True))
+        yield passes
+
+
+class _Reached(BaseException):
+    """Ends a pass behind the layer that it was made for; not an Exception, so that no model catches it."""
+
+
+def _in_order(model: nn.Module, plan: Plan, batches: Iterable[Inputs]) -> list[Place]:
+    """The changed layers that are called, in the order of their first call.
+
+    Embeddings have no inputs to be fitted to, and experts may see others than the original's do: both stay as they are,
+    as do matrices too wide for their moment to be kept whole.
+    """
+    owners = {model.get_submodule(path): layer for layer in plan.changed for path in (layer.name, *layer.aliases)}
+    apart = {layer for module, layer in owners.items() if not _is_refitted(module)}
+    owners = {module: layer for module, layer in owners.items() if layer not in apart}
+    held: dict[LayerPlan, int] = {}
+    sizes = [0]
+
+    def measure(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        sizes.append(sum(one.numel() * one.element_size() for one in tensors_in([*args, output])))
+        if module in owners:
+            held[owners[module]] = max(held.get(owners[module], 0), *sizes)
+            sizes[:] = [0]
+
+    leaves = [module for module in model.modules() if module in owners or not any(True for _ in module.children())]
+    with attached(module.register_forward_hook(measure) for module in leaves):
+        order, followers = followed(model, owners, lambda: forward_batch(model, next(iter(batches)), 0))
+    calls: dict[LayerPlan, int] = {}
+    for module in order:
+        calls[owners[module]] = calls.get(owners[module], 0) + 1
+    norms = {owners[module]: norm for module, norm in followers.items()}
+    memory, largest, allowed = min(free_memory() * SHARE, LARGEST_SHARE), 1, {}
+    for layer in reversed(calls):
+        largest = max(largest, 2 * HELD * held.get(layer, 0))
+        allowed[layer] = max(1, int(memory / largest))
+    return [Place(layer, count, norms.get(layer), allowed[layer]) for layer, count in calls.items()]
+
+
+def free_memory() -> int:
+    """Bytes of memory that are free, where the system tells; else four gigabytes."""
+    try:
+        with Path("/proc/meminfo").open(encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return 4 * 2**30
+
+
+def _seen(model: nn.Module, place: Place, batch: Inputs, number: int) -> list[tuple[Tensor, Tensor]]:
+    """What goes into the layer and comes out of it in a pass, call by call; a pass of one call ends there."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        if place.calls == 1:
+            seen.append((x, output))
+            raise _Reached
+        seen.append((x.clone(), output.clone()))  # what follows may write into them
+
+    modules = dict.fromkeys(model.get_submodule(path) for path in place.paths)
+    with suppress(_Reached), attached(module.register_forward_hook(see, with_kwargs=True) for module in modules):
+        forward_batch(model, batch, number)
+    return seen
+
+
+def _is_refitted(module: nn.Module) -> bool:
+    kind, shape = known_kind(module), shape_of(module)
+    wide = kind.axes == 0 and shape.inputs > LARGEST_MOMENT
+    return not (kind.lookup or kind.stacked or wide)
+
+
+def _rows(module: nn.Module, output: Tensor, thinning: slice) -> Float[Tensor, "g positions o"]:
+    """A layer's output as one row per position, group by group, in the order of its patches; float32 at least."""
+    output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+    axes, groups = known_kind(module).axes, shape_of(module).groups
+    if axes == 0:
+        return output.reshape(-1, output.shape[-1])[thinning][None]
+    batched = (output if output.ndim == axes + 2 else output[None])[:, :, thinning]
+    return batched.unflatten(1, (groups, -1)).flatten(3).permute(1, 0, 3, 2).flatten(1, 2)
