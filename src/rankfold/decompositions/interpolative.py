@@ -165,4 +165,5 @@ def _eliminated(
         inverse = inverse[stay][:, stay] - inverse[stay][:, go] @ gain
         alive = alive[mask].reshape(parts, left - size)
     orders.append(alive)
-    return torch.cat(orders, 1).numpy(), np.array([*lost, lost[-1]])
+    within = torch.cat(orders, 1) - torch.arange(parts)[:, None] * run
+    return within.numpy(), np.array([*lost, lost[-1]])

@@ -81,7 +81,7 @@ class UnitCurve(Curve):
         found = {}
         for curve in self.members:
             sides = (_sets_of(curve.layer.name, self.sets, side) for side in ("outputs", "inputs"))
-            outputs, inputs = (math.prod(kept[one.channels.name] for one in side) for side in sides)
+            outputs, inputs = (math.prod((kept[one.channels.name] for one in side), start=1.0) for side in sides)
             found[curve.layer.name] = curve.layer.shape.narrowed(outputs, inputs)
         return found
 

@@ -1,0 +1,103 @@
+"""Units: every candidate's cost and error are those of what it stands for, and nothing better is left out."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+from blocks import BLOCKS, built  # type: ignore[import-not-found]
+from torch import nn
+
+from rankfold import Budget, compress
+from rankfold.budget import Cost
+from rankfold.calibration.moments import calibrate
+from rankfold.network.channels import find_channels
+from rankfold.network.costs import cost_of
+from rankfold.network.finding import find_layers
+from rankfold.plan import ChannelSet, Port
+from rankfold.planning import assign, measure
+from rankfold.search import units
+from rankfold.search.units import UnitCurve, unit_curve, units_of, width_grid
+from rankfold.units import hidden_channels, measure_widths
+
+
+def unit_of(name: str, decompositions: list[str]) -> tuple[nn.Module, UnitCurve]:
+    model, x = built(name)
+    choices, layers = assign(find_layers(model, x), [*decompositions, "interpolative"])
+    moments = calibrate(model, layers.found, [x]).moments
+    curves = measure(model, layers, choices, units=("macs",), moments=moments)
+    sets = hidden_channels(model, x, layers, choices)
+    widths, layers = measure_widths(model, layers, sets, moments=moments)
+    touched = {name for one in widths for name in (*one.channels.layers, *one.channels.between)}
+    return model, unit_curve(widths, [curve for curve in curves if curve.layer.name in touched], ("macs",))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_first_candidate_is_the_unit_as_it_is(name: str) -> None:
+    _, curve = unit_of(name, ["svd"])
+    assert curve.errors[0] == 0
+    assert not curve.choices[0].any()
+    assert curve.costs["macs"][0] == sum(one.layer.dense.macs for one in curve.members)
+    assert (np.diff(curve.costs["macs"]) <= 0).all()
+    assert (np.diff(curve.errors) >= 0).all()
+
+
+@pytest.mark.parametrize("name", ["bottleneck", "gate", "flattened"])
+def test_no_combination_is_better(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against all widths, dense layers alone: where nothing is thinned, every cost has an error as low on the curve."""
+    monkeypatch.setattr(units, "FRONT", 10**6)
+    monkeypatch.setattr(units, "CANDIDATES", 10**6)
+    _, curve = unit_of(name, [])
+    for places in product(*(range(len(one.widths)) for one in curve.sets)):
+        error = sum(one.errors[place] for one, place in zip(curve.sets, places, strict=True))
+        row = np.array([*places, *[0] * len(curve.members)])
+        trial = UnitCurve(**{**vars(curve), "choices": row[None]})
+        cost = sum(
+            one.layer.cost(s.params, s.macs).macs for one in curve.members for s in [trial.shapes(0)[one.layer.name]]
+        )
+        within = curve.costs["macs"] <= cost
+        assert curve.errors[within].min() <= error + 1e-12
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("decomposition", ["interpolative", ["svd", "interpolative"]])
+def test_costs_are_those_of_the_network(name: str, decomposition: str | list[str]) -> None:
+    model, x = built(name)
+    result = compress(model, x[:1], decomposition=decomposition, budget=Budget(macs=0.7), calibration=[x])
+    assert result.after == cost_of(result.model, x[:1])
+    assert result.after.macs <= 0.7 * result.before.macs
+    assert result.plan.narrowings
+
+
+def test_units_hang_together_by_layers() -> None:
+    def one(name: str, *producers: str) -> ChannelSet:
+        return ChannelSet(name, 8, tuple(Port(p) for p in producers), (Port(name),), (), 1, Cost(0, 0, 0))
+
+    first, second, third, last = one("b", "a"), one("c", "b"), one("z", "y"), one("y", "c")
+    assert units_of([first, third, second], {}) == [(third,), (first, second)] or units_of(
+        [first, third, second], {}
+    ) == [(first, second), (third,)]
+    (whole,) = units_of([first, third, second, last], {})
+    assert set(whole) == {first, second, third, last}
+
+
+def test_widths_are_on_the_grid() -> None:
+    def grid(size: int, linear: bool, align: int | None = None, parts: int = 1) -> tuple[int, ...]:
+        return width_grid(ChannelSet("a", size, (), (), (), parts, Cost(0, 0, 0)), linear, align, 24)
+
+    assert all(width % 8 == 0 for width in grid(1536, True))
+    assert all(width % 16 == 0 for width in grid(96, False, align=16))
+    assert {width % 8 for width in grid(60, True)} != {0}
+    assert all(width % 32 == 0 for width in grid(256, False, parts=32))
+    assert all(0 < width <= 50 for width in grid(50, False))
+    assert grid(50, False)[0] == 50
+
+
+def test_find_channels_needs_no_names() -> None:
+    """Layers that must not change keep what they make and read."""
+    model, x = built("bottleneck")
+    layers = find_layers(model, x, exclude=["middle"])
+    channels = find_channels(model, x, layers.found, layers.skipped)
+    assert not channels.found
+    assert "middle: excluded" in channels.kept["reduce"]

@@ -1,0 +1,162 @@
+"""Interpolative units through the whole flow: compressed, saved, loaded, fine-tuned, exported."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from blocks import BLOCKS, Bottleneck, built, images  # type: ignore[import-not-found]
+from torch import nn
+
+from rankfold import Budget, PlanError, UnknownNameError, compress, load, save
+from rankfold.calibration.moments import calibrate
+from rankfold.calibration.walks import walking
+from rankfold.evaluation import accuracy
+from rankfold.network.finding import find_layers
+from rankfold.network.passes import run
+from rankfold.network.surgery import apply_plan
+from rankfold.plan import Plan
+from rankfold.sources.data import Dataset, Normalisation, open_dataset
+from rankfold.training import Training, fine_tune
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).square().sum() / other.square().sum())
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("calibration", ["none", "given"])
+def test_saved_and_loaded(name: str, calibration: str, tmp_path: Path) -> None:
+    model, x = built(name)
+    inputs = [x[:12], x[12:]] if calibration == "given" else "none"
+    result = compress(model, x[:1], decomposition="interpolative", budget=Budget(macs=0.75), calibration=inputs)
+    assert result.plan.narrowings
+    save(result, tmp_path / "small")
+    again = load(tmp_path / "small", BLOCKS[name][0]())
+    assert torch.equal(again(x), result.model(x))
+    assert Plan.from_json(result.plan.to_json()) == result.plan
+    assert not any("Factorised" in type(module).__name__ for module in result.model.modules())
+
+
+def test_forward_order_helps() -> None:
+    """Not on every network, but by a tenth on the (geometric) mean of them."""
+    ratios = []
+    for name in BLOCKS:
+        model, x = built(name)
+        result = compress(model, x[:1], decomposition="interpolative", budget=Budget(macs=0.7), calibration=[x])
+        layers = find_layers(model, x[:1])
+        apart, _ = apply_plan(model, result.plan, moments=calibrate(model, layers.found, [x]).moments)
+        with torch.no_grad():
+            ratios.append(distance(result.model(x), model(x)) / distance(apart(x), model(x)))
+    assert np.exp(np.log(ratios).mean()) < 0.9
+
+
+def test_inputs_tell_what_to_keep() -> None:
+    """Channels that are copies of others cost nothing, and only calibration knows."""
+    model, x = built("bottleneck")
+    with torch.no_grad():
+        for tensor in (model.reduce.weight, *model.first.parameters(), *model.first.buffers()):
+            if tensor.ndim:
+                tensor[8:] = tensor[:8]
+        kept = compress(model, x[:1], decomposition="interpolative", budget=Budget(macs=0.8), calibration=[x])
+        blind = compress(model, x[:1], decomposition="interpolative", budget=Budget(macs=0.8), calibration="none")
+        assert distance(kept.model(x), model(x)) < 1e-3 < distance(blind.model(x), model(x))
+
+
+def test_deterministic() -> None:
+    model, x = built("gate")
+    first, second = (
+        compress(model, x[:1], decomposition=["svd", "interpolative"], budget=Budget(macs=0.6), calibration=[x])
+        for _ in range(2)
+    )
+    assert first.plan == second.plan
+    assert torch.equal(first.model(x), second.model(x))
+
+
+def test_a_plan_for_channels_that_are_not_there(tmp_path: Path) -> None:
+    model, x = built("bottleneck")
+    result = compress(model, x[:1], decomposition="interpolative", budget=Budget(macs=0.7), calibration="none")
+    (first, *others) = result.plan.narrowings
+    wrong = dataclasses.replace(first, kept=(*first.kept[:-1], 99))
+    plan = dataclasses.replace(result.plan, narrowings=(wrong, *others))
+    save(result.model, plan, tmp_path / "wrong")
+    with pytest.raises(PlanError, match="keeps channel 99 of 16"):
+        load(tmp_path / "wrong", Bottleneck())
+    with pytest.raises(PlanError, match="the plan keeps it"):
+        save(model, result.plan, tmp_path / "other")
+
+
+def test_unknown_decompositions_name_it() -> None:
+    model, x = built("bottleneck")
+    with pytest.raises(UnknownNameError, match="interpolative"):
+        compress(model, x[:1], decomposition="interpolativ", budget=Budget(macs=0.7))
+
+
+def test_widths_with_ranks_inside_are_trained(tmp_path: Path) -> None:
+    """Narrow layers and factors of narrow layers are trained, with scaled gradients, and keep their plan."""
+    model, x = built("bottleneck")
+    result = compress(model, x[:1], decomposition=["cp3", "interpolative"], budget=Budget(macs=0.3), calibration=[x])
+    labels = model(images(256)).argmax(1).numpy()
+    data = Dataset(images(256).numpy(), labels, (3, 8, 8), Normalisation((0.0,), (1.0,)))
+    assert any(layer.narrowed and layer.decomposition for layer in result.plan.layers)
+    training = Training(epochs=6, batch_size=32, precision="fp32")
+    trained = fine_tune(result.model, data, teacher=model, plan=result.plan, training=training)
+    assert trained.epochs[-1].loss < 0.9 * trained.epochs[0].loss
+    save(trained.model, result.plan, tmp_path / "trained")
+    assert torch.equal(load(tmp_path / "trained", Bottleneck())(x), trained.model.eval()(x))
+
+
+def test_passes_wait_and_go_on() -> None:
+    """A pass stopped at every layer gives what it gives without, sees changes made meanwhile, and draws as alone."""
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x) + torch.rand(4))
+
+    model, batches, given = Noisy(), [torch.randn(2, 4) for _ in range(3)], []
+    expected = [run(model, batch) for batch in batches]
+    stops = {model.first: 0, model.second: 1}
+    state = torch.get_rng_state()
+    with walking(model, stops, lambda batch, _: given.append(run(model, batch)), batches, outputs=False) as walks:
+        for walk, batch in zip(walks, batches, strict=True):
+            assert torch.equal(walk.to(0), batch)
+        seen = [walk.to(1) for walk in walks]
+        assert all(one is not None for one in seen)
+        for walk in walks:
+            assert walk.to(2) is None
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(one, other) for one, other in zip(given, expected, strict=True))
+
+
+def test_a_pass_that_fails_says_so() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    batches = [torch.randn(2, 5)]
+    walks = walking(model, {model[1]: 0}, lambda batch, _: run(model, batch), batches, outputs=True)
+    with walks as (walk,), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        walk.to(0)
+
+
+def test_mobilenet_loses_little(data: Path) -> None:
+    """A twelfth of the MACs of a real network, on 48 unlabelled images, without training."""
+    from rankfold.sources import zoo
+    from rankfold.sources.models import load_weights_
+
+    model = zoo.build("imagenet_mobilenet_v2")
+    load_weights_(model, data / "weights" / "imagenet_mobilenet_v2.safetensors")
+    normal = Normalisation(zoo.IMAGENET_MEAN, zoo.IMAGENET_STD)
+    known = open_dataset(f"npz:{data / 'imagenet_val' / 'calibration.npz'}", (3, 224, 224), normal).sample(48)
+    tested = open_dataset(f"npz:{data / 'imagenet_sample' / 'images.npz'}", (3, 224, 224), normal).sample(100)
+    batches = [known.batch(start, start + 12)[0] for start in range(0, 48, 12)]
+    result = compress(
+        model, torch.zeros(1, 3, 224, 224), decomposition="interpolative", budget=Budget(macs=0.92), calibration=batches
+    )
+    assert result.after.macs <= 0.92 * result.before.macs
+    assert accuracy(result.model, tested).top1 >= accuracy(model, tested).top1 - 6
+    assert np.isfinite([one.predicted_error for one in result.plan.narrowings]).all()
