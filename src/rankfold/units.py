@@ -16,7 +16,7 @@ from rankfold.network.channels import Channels, find_channels
 from rankfold.network.finding import Layers
 from rankfold.network.kinds import weight_of, weight_shape
 from rankfold.network.narrowing import tried
-from rankfold.network.passes import Inputs, few, run
+from rankfold.network.passes import Inputs, few, output_of, run
 from rankfold.network.tracing import followed
 from rankfold.plan import INTERPOLATIVE, ChannelSet, LayerPlan, Narrowing, channels_named
 from rankfold.progress import Progress, silent
@@ -25,7 +25,9 @@ from rankfold.search.prices import priced
 from rankfold.search.units import WIDTHS, UnitCurve, Width, cost_at, measure_width, unit_curve, units_of
 
 EXAMPLES = 32
-"""Calibration inputs on which errors are priced."""
+"""Calibration inputs on which errors are priced, at most."""
+ENTRIES = 2**26
+"""Entries of their outputs, at most, but for two inputs: language models give a logit per token and word."""
 
 
 def hidden_channels(model: nn.Module, inputs: Inputs, layers: Layers, choices: Mapping[str, Sequence[str]]) -> Channels:
@@ -86,7 +88,10 @@ def with_prices(
     model: nn.Module, curves: Sequence[Curve], widths: Sequence[Width], known: Calibration, progress: Progress = silent
 ) -> tuple[tuple[Curve, ...], tuple[Width, ...]]:
     """The curves and widths with what their errors cost the network, measured on a few of the calibration inputs."""
-    return priced(model, curves, widths, known.moments, few(known.inputs, EXAMPLES), progress=progress)
+    (one,) = few(known.inputs, 1)[:1]
+    size = output_of(run(model, one)).numel()
+    count = max(2, min(EXAMPLES, ENTRIES // size))
+    return priced(model, curves, widths, known.moments, few(known.inputs, count), progress=progress)
 
 
 def united(curves: Sequence[Curve], widths: Sequence[Width], refused: Mapping[str, str], budget: Budget) -> list[Curve]:

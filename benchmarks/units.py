@@ -1,0 +1,224 @@
+"""Interpolative units: accuracy, perplexity and speed of networks with fewer channels, without labels or training.
+
+ImageNet networks are calibrated on 500 unlabelled validation images and scored on 1,500 others; ResNet-20 on 512
+training images and the CIFAR-10 test images; a language model on 64 blocks of 512 tokens of WikiText-2's validation
+text, scored by perplexity on 12 evenly spaced blocks of 1,024 of its test text. `--only CASE` runs some cases, a case
+being MODEL/DECOMPOSITIONS/BUDGET; `--speed` measures latencies instead, in turns with the original and with low rank.
+`--language FOLDER` is the language model's.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import resource
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, accuracy_record, network, parser, record, require_data, unlabelled
+from torch import Tensor, nn
+
+from rankfold import Budget, Result, compress
+from rankfold.evaluation import accuracy, latency
+from rankfold.sources.data import Normalisation, open_dataset
+from rankfold.sources.models import Source, build_model, load_weights_
+from rankfold.sources.zoo import IMAGENET_MEAN, IMAGENET_STD
+
+IMAGENET = ("mobilenet_v2", "resnet50", "deit_tiny")
+CASES = (
+    *(f"mobilenet_v2/interpolative/{budget}" for budget in (0.9, 0.8, 0.7, 0.5)),
+    *(f"deit_tiny/svd,interpolative/{budget}" for budget in (0.9, 0.8, 0.7, 0.5)),
+    *(f"resnet50/svd,interpolative/{budget}" for budget in (0.9, 0.8, 0.7, 0.5)),
+    *(f"cifar10_resnet20/cp3,interpolative/{budget}" for budget in (0.5, 0.3, 0.2)),
+    "smollm2/interpolative/0.8",
+)
+BATCH = 10
+
+
+def opened(folder: Path, name: str) -> Source:
+    """A network of images with its weights."""
+    if name != "resnet50":
+        weights = name if name.startswith("cifar10") else f"imagenet_{name}"
+        return network(folder, name, weights, "cifar10/test.npz" if "cifar" in name else "imagenet_val/test.npz")[0]
+    source = build_model("torchvision:resnet50")
+    source.model.maxpool = nn.MaxPool2d(3, 2, 0, ceil_mode=True)
+    load_weights_(source.model, folder / "weights" / "imagenet_resnet50.safetensors")
+    return source
+
+
+def images(folder: Path, name: str, count: int) -> tuple[Any, list[Tensor]]:
+    """What a network is scored on, and the batches it is calibrated on."""
+    if not name.startswith("cifar10"):
+        normal = Normalisation(IMAGENET_MEAN, IMAGENET_STD)
+        known, scored = (
+            open_dataset(f"npz:{folder / 'imagenet_val' / part}.npz", (3, 224, 224), normal)
+            for part in ("calibration", "test")
+        )
+        chosen = known.sample(count)
+        return scored, [chosen.batch(k, min(k + BATCH, count))[0] for k in range(0, count, BATCH)]
+    source, scored = network(folder, name, name, "cifar10/test.npz")
+    return scored, unlabelled(folder, source, "cifar10/train.npz")
+
+
+def of_images(folder: Path, case: str, count: int, report: Callable[..., None]) -> dict[str, Any]:
+    """The record of a network of images."""
+    name, decomposition, budget = case.split("/")
+    source = opened(folder, name)
+    scored, batches = images(folder, name, count)
+    result = compress(
+        source.model,
+        torch.zeros(1, *batches[0].shape[1:]),
+        decomposition=decomposition.split(","),
+        budget=Budget(macs=float(budget)),
+        calibration=batches,
+        progress=report,
+    )
+    base, found = accuracy(source.model, scored), accuracy(result.model, scored)
+    return accuracy_record(
+        decomposition,
+        result,
+        found,
+        base,
+        case=case,
+        model=name,
+        data="CIFAR-10 test" if "cifar" in name else "ImageNet validation, 1,500 images",
+        budget=float(budget),
+        lost=round(base.top1 - found.top1, 2),
+        calibration_samples=sum(map(len, batches)),
+        narrowed=len(result.plan.narrowings),
+        decomposed=len(result.plan.decomposed),
+        peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    )
+
+
+def of_language(folder: Path, case: str, text: Path, report: Callable[..., None]) -> dict[str, Any]:
+    """The record of a language model: the budget is a share of what is neither embedding nor head."""
+    _, decomposition, budget = case.split("/")
+    model: Any = build_model(f"hf:{folder}").model.float()
+    from transformers import AutoTokenizer  # importable once the model is built, whatever torchvision is there
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    parts = [
+        tokenizer((text / f"{one}.txt").read_text(), return_tensors="pt").input_ids[0] for one in ("valid", "test")
+    ]
+    known, tested = parts[0][: 64 * 512].view(64, 512), blocks(parts[1], 1024, 12)
+    whole = sum(one.numel() for one in model.parameters())
+    outside = model.get_input_embeddings().weight.numel()
+    inputs = [{"input_ids": known[k : k + 4], "use_cache": False} for k in range(0, 64, 4)]
+    limit = int(outside + float(budget) * (whole - outside))
+    result = compress(
+        model,
+        {"input_ids": known[:1], "use_cache": False},
+        decomposition=decomposition.split(","),
+        budget=Budget(params=limit),
+        calibration=inputs,
+        progress=report,
+    )
+    return record(
+        case=case,
+        model="SmolLM2-135M-Instruct",
+        data="WikiText-2 test, 12 blocks of 1,024 tokens",
+        perplexity=round(perplexity(result.model, tested), 2),
+        base_perplexity=round(perplexity(model, tested), 2),
+        blocks_kept=round((result.after.params - outside) / (whole - outside), 4),
+        seconds=round(result.seconds, 1),
+        peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    )
+
+
+def blocks(tokens: Tensor, length: int, count: int) -> Tensor:
+    """Evenly spaced blocks of tokens."""
+    starts = torch.linspace(0, len(tokens) // length - 1, count).round().long() * length
+    return torch.stack([tokens[start : start + length] for start in starts.tolist()])
+
+
+@torch.inference_mode()
+def perplexity(model: nn.Module, tested: Tensor) -> float:
+    """The exponential of the mean loss per token."""
+    return math.exp(sum(float(model(input_ids=one[None], labels=one[None]).loss) for one in tested) / len(tested))
+
+
+def speeds(folder: Path, count: int, report: Callable[..., None]) -> list[dict[str, Any]]:
+    """Latencies at 70 % of the MACs, of units and of low rank, side by side with the original, channels last."""
+    found = []
+    for name in ("mobilenet_v2", "resnet50"):
+        source = opened(folder, name)
+        _, batches = images(folder, name, count)
+        made: dict[str, Result] = {
+            method: compress(
+                source.model,
+                batches[0][:1],
+                decomposition=method,
+                budget=Budget(macs=0.7),
+                calibration=batches,
+                sequential=False,
+                progress=report,
+            )
+            for method in ("interpolative", "svd")
+        }
+        models: list[Any] = [source.model, *(one.model for one in made.values())]
+        models = [model.to(memory_format=torch.channels_last) for model in models]
+        for batch in (1, 16):
+            x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+            times = latency(models, x)
+            for method, own in zip(made, times[1:], strict=True):
+                macs = made[method].after.macs / made[method].before.macs
+                found.append(
+                    record(
+                        case=f"speed/{name}/{method}/{batch}",
+                        model=name,
+                        method=method,
+                        batch=batch,
+                        macs_kept=round(macs, 4),
+                        time_kept=round(own / times[0], 4),
+                        realised=round((1 - own / times[0]) / (1 - macs), 3),
+                        original_ms=round(times[0], 2),
+                    )
+                )
+                print(json.dumps(found[-1]), flush=True)
+    return found
+
+
+def keep(records: Sequence[dict[str, Any]]) -> None:
+    """Writes records to today's file, in place of earlier ones of the same cases."""
+    path = RESULTS / f"units-{datetime.date.today().isoformat()}.json"
+    cases = {one["case"] for one in records}
+    earlier = json.loads(path.read_text()) if path.exists() else []
+    path.write_text(json.dumps([*(one for one in earlier if one["case"] not in cases), *records], indent=1) + "\n")
+
+
+def main() -> None:
+    """All cases, or some; each is written down once it is done."""
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--only", action="append", help="MODEL/DECOMPOSITIONS/BUDGET (repeatable)")
+    arguments.add_argument("--images", type=int, default=500, help="calibration images of ImageNet networks")
+    arguments.add_argument("--language", type=Path, help="folder of the language model")
+    arguments.add_argument("--speed", action="store_true", help="measure latencies")
+    given = arguments.parse_args()
+    folder, last = require_data(given), [""]
+
+    def report(what: str, done: int, total: int, note: str = "", /) -> None:
+        if what != last[0]:
+            print("  ", what, flush=True)
+            last[0] = what
+
+    if given.speed:
+        keep(speeds(folder, min(given.images, 50), report))
+        return
+    for case in given.only or CASES:
+        if case.startswith("smollm2"):
+            if given.language is None:
+                print(f"{case}: give the folder of the model with --language")
+                continue
+            found = of_language(given.language, case, folder / "wikitext2", report)
+        else:
+            found = of_images(folder, case, given.images, report)
+        print(json.dumps(found), flush=True)
+        keep([found])
+
+
+if __name__ == "__main__":
+    main()
