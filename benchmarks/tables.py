@@ -161,6 +161,48 @@ def fine_tunings(records: list[dict[str, Any]]) -> str:
     return rows_of(rows, shown) + (f"\n\nThe same in all: {told}." if told else "")
 
 
+def units(records: list[dict[str, Any]]) -> str:
+    """Networks with fewer channels, by model: accuracy, perplexity, and the speed that came of it."""
+    scored = sorted((one for one in records if "lost" in one), key=lambda one: (one["model"], -one["budget"]))
+    columns = {
+        "model": "network",
+        "method": "decompositions",
+        "macs_kept": "MACs kept",
+        "params_kept": "parameters kept",
+        "base_top1": "top-1 %",
+        "top1": "compressed",
+        "lost": "points lost",
+        "narrowed": "sets narrowed",
+        "decomposed": "layers of low rank",
+        "seconds": "seconds",
+        "peak_gb": "GB",
+    }
+    parts = [rows_of(scored, columns)] if scored else []
+    spoken = [one for one in records if "perplexity" in one]
+    if spoken:
+        columns = {
+            "model": "language model",
+            "blocks_kept": "of the blocks' parameters",
+            "base_perplexity": "perplexity",
+            "perplexity": "compressed",
+            "seconds": "seconds",
+            "peak_gb": "GB",
+        }
+        parts.append(rows_of(spoken, columns))
+    timed = [one for one in records if "realised" in one]
+    if timed:
+        columns = {
+            "model": "network",
+            "method": "decomposition",
+            "batch": "batch",
+            "macs_kept": "MACs kept",
+            "time_kept": "time kept",
+            "realised": "time saved over MACs saved",
+        }
+        parts.append("Latencies side by side with the original, channels last:\n\n" + rows_of(timed, columns))
+    return "\n\n".join(parts)
+
+
 def fill(path: Path, marker: str, body: str) -> None:
     """Puts a text between a file's markers."""
     filled = f"<!-- {marker} -->\n{body}\n<!-- /{marker} -->"
@@ -260,6 +302,8 @@ def _fill_training() -> None:
     ):
         if records := newest(marker):
             fill(ROOT / "docs" / f"{path}.md", marker, f"\n{facts(records)}\n\n{source(records)}")
+    if records := newest("units"):
+        fill(ROOT / "docs" / "units.md", "units", f"\n{units(records)}\n\n{source(records)}")
     for marker, belongs in FINE_TUNINGS.items():
         if part := [one for one in newest("finetune") if belongs(one)]:
             body = f"\n{fine_tunings(part)}\n\n{source(part)}"
