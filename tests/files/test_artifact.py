@@ -48,7 +48,7 @@ def test_a_new_process_gets_the_same_bits(result: Result, image: torch.Tensor, t
     save(result, tmp_path / "out")
     torch.save({"x": image}, tmp_path / "x.pt")
     script = (
-        "import torch, sys; sys.path[:0] = [sys.argv[2], sys.argv[2] + '/..']; from test_artifact import skeleton; import rankfold\n"
+        "import torch, sys; torch.set_num_threads(1); sys.path[:0] = [sys.argv[2], sys.argv[2] + '/..']; from test_artifact import skeleton; import rankfold\n"
         "x = torch.load(sys.argv[1] + '/x.pt', weights_only=True)['x']\n"
         "model = rankfold.load(sys.argv[1] + '/out', skeleton())\n"
         "with torch.no_grad(): torch.save({'y': model(x)}, sys.argv[1] + '/y.pt')"

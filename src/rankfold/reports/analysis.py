@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from rankfold.budget import Cost
+from rankfold.network.channels import Channels
 from rankfold.network.checks import check_model
 from rankfold.network.copies import unwrapped
 from rankfold.network.costs import cost_of
@@ -17,11 +18,12 @@ from rankfold.network.finding import find_layers
 from rankfold.network.kinds import weight_of
 from rankfold.network.opening import opened
 from rankfold.network.passes import Inputs
-from rankfold.plan import LayerSpec
+from rankfold.plan import INTERPOLATIVE, LayerSpec
 from rankfold.planning import Decompositions, assign
 from rankfold.progress import Progress, silent
 from rankfold.search.candidates import measure_layer
 from rankfold.search.curves import Curve
+from rankfold.units import hidden_channels
 
 ENERGY = 0.9
 """Share of a layer's energy (one minus the squared relative error) at which savings are quoted."""
@@ -38,11 +40,15 @@ class Saving:
 
 @dataclass(frozen=True)
 class Analysis:
-    """A network's cost, its layers with what each decomposition saves on them (None: nothing), and the skipped ones."""
+    """A network's cost, its layers with what each decomposition saves on them (None: nothing), and the skipped ones.
+
+    `channels` are the hidden activations that may lose channels, with why others may not.
+    """
 
     cost: Cost
     layers: tuple[tuple[LayerSpec, Mapping[str, Saving | None]], ...]
     skipped: Mapping[str, str]
+    channels: Channels = field(default_factory=lambda: Channels((), {}))
 
     @property
     def within_reach(self) -> dict[str, float]:
@@ -75,6 +81,16 @@ class Analysis:
             "energy": ENERGY,
             "layers": layers,
             "skipped": dict(self.skipped),
+            "channels": [
+                {
+                    "read_by": [port.layer for port in one.consumers],
+                    "made_by": [port.layer for port in one.producers],
+                    "channels": one.size,
+                    "parts": one.parts,
+                }
+                for one in self.channels.found
+            ],
+            "channels_that_stay": dict(self.channels.kept),
         }
 
 
@@ -103,10 +119,11 @@ def analyze(
     for done, layer in enumerate(layers.found):
         progress("measuring layers", done, len(layers.found))
         weight = weight_of(whole.model.get_submodule(layer.name))
-        curves = {name: measure_layer(layer, weight, (name,)) for name in choices[layer.name]}
+        names = [name for name in choices[layer.name] if name != INTERPOLATIVE]
+        curves = {name: measure_layer(layer, weight, (name,)) for name in names}
         rows.append((layer, {name: _saving(curve) for name, curve in curves.items()}))
     progress("measuring layers", len(layers.found), len(layers.found))
-    return Analysis(cost, tuple(rows), layers.skipped)
+    return Analysis(cost, tuple(rows), layers.skipped, hidden_channels(whole.model, example_inputs, layers, choices))
 
 
 def _saving(curve: Curve) -> Saving | None:

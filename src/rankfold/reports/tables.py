@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,8 +124,18 @@ def analysis(report: Analysis) -> RenderableType:
         skipped(report.skipped),
         Text(f"whole network: {whole}"),
         Text(f"within reach: {reach}, in {_layers(len(report.layers))} that can be decomposed"),
+        Text(_channels(report)),
         *([Text(legend, "dim")] if report.layers else []),
     )
+
+
+def _channels(report: Analysis) -> str:
+    """Which hidden activations may lose channels, in a line."""
+    sizes = [one.size for one in report.channels.found]
+    reasons = Counter(reason for reason in report.channels.kept.values())
+    stay = "; ".join(f"{number}: {reason}" for reason, number in reasons.most_common(4))
+    found = f"{len(sizes)} sets, of {min(sizes)} to {max(sizes)} channels" if sizes else "none"
+    return f"channels that may go: {found}" + (f"; stay: {stay}" if stay else "")
 
 
 def comparison(report: Comparison) -> RenderableType:

@@ -80,7 +80,7 @@ class Distillation:
             teacher = opened_original(teacher, plan)
         self.losses, self.student, self.teacher = losses, student, teacher
         self.layers = tuple(one for one in plan.decomposed if not one.narrowed) if plan and losses.by_layer else ()
-        if losses.by_layer and not self.layers:
+        if losses.by_layer and plan and plan.changed and not self.layers:
             raise TrainingError("no layer is decomposed and as wide as it was; set the losses by layer to zero")
         for layer in self.layers:
             check_place(cast(nn.Module, teacher), layer, "make it the teacher, or set the losses by layer to zero")
