@@ -27,7 +27,6 @@ from rankfold.plan import KNOWN_PLAN, Plan
 from rankfold.planning import Decompositions, Task, assign, feasible_plan, measure, placed
 from rankfold.progress import Progress, silent
 from rankfold.search import Search
-from rankfold.search.prices import POWER
 from rankfold.search.trace import Trace
 from rankfold.units import about_means, hidden_channels, measure_widths, with_metric, with_prices
 
@@ -122,7 +121,7 @@ def compress(
     widths, layers = measure_widths(whole.model, layers, sets, align=align, moments=about, progress=progress)
     power = 1.0
     if widths and in_order:
-        (curves, widths), power = with_prices(whole.model, curves, widths, known, progress), POWER
+        curves, widths, power = with_prices(whole.model, curves, widths, known, progress)
     task = Task(model, example_inputs, whole, budget, placed(search, whole.model), before, include is not None, power)
     found = feasible_plan(task, layers, curves, widths, progress=progress)
     settings = {**_provenance(known, in_order), "decomposition": _as_json(decomposition)}

@@ -12,6 +12,7 @@ from rankfold.calibration.moments import Calibration
 from rankfold.decompositions import Factors
 from rankfold.decompositions.metric import Moment
 from rankfold.decompositions.wiring import LayerShape
+from rankfold.errors import ModelError
 from rankfold.network.channels import Channels, find_channels
 from rankfold.network.finding import Layers
 from rankfold.network.kinds import weight_of, weight_shape
@@ -21,7 +22,7 @@ from rankfold.network.tracing import followed
 from rankfold.plan import INTERPOLATIVE, ChannelSet, LayerPlan, Narrowing, channels_named
 from rankfold.progress import Progress, silent
 from rankfold.search.curves import Curve, subset
-from rankfold.search.prices import priced
+from rankfold.search.prices import POWER, priced
 from rankfold.search.units import WIDTHS, UnitCurve, Width, cost_at, measure_width, unit_curve, units_of
 
 EXAMPLES = 32
@@ -86,12 +87,18 @@ def measure_widths(
 
 def with_prices(
     model: nn.Module, curves: Sequence[Curve], widths: Sequence[Width], known: Calibration, progress: Progress = silent
-) -> tuple[tuple[Curve, ...], tuple[Width, ...]]:
-    """The curves and widths with what their errors cost the network, measured on a few of the calibration inputs."""
-    (one,) = few(known.inputs, 1)[:1]
-    size = output_of(run(model, one)).numel()
-    count = max(2, min(EXAMPLES, ENTRIES // size))
-    return priced(model, curves, widths, known.moments, few(known.inputs, count), progress=progress)
+) -> tuple[tuple[Curve, ...], tuple[Width, ...], float]:
+    """The curves and widths with what their errors cost the network, and the power to which errors are then summed.
+
+    It is measured on a few of the calibration inputs. Where outputs cannot be compared (their number depends on what is
+    in them), relative errors are summed as they are.
+    """
+    try:
+        (one,) = few(known.inputs, 1)[:1]
+        count = max(2, min(EXAMPLES, ENTRIES // output_of(run(model, one)).numel()))
+        return *priced(model, curves, widths, known.moments, few(known.inputs, count), progress=progress), POWER
+    except ModelError:
+        return tuple(curves), tuple(widths), 1.0
 
 
 def united(curves: Sequence[Curve], widths: Sequence[Width], refused: Mapping[str, str], budget: Budget) -> list[Curve]:

@@ -66,9 +66,10 @@ def priced(
         progress("pricing errors", done, total)
         found.append(None if trial is None else objective.loss_with(dict(trial.weights)) / trial.error)
     progress("pricing errors", total, total)
+    found = [price if price is not None and np.isfinite(price) else None for price in found]
     known = [max(price, 0.0) for price in found if price is not None]
     middle = float(np.median(known)) if known else 1.0
-    prices = [1.0 if price is None else max(price, LEAST * middle, 1e-12) for price in found]
+    prices = [middle if price is None else max(price, LEAST * middle, 1e-12) for price in found]
     return (
         tuple(replace(curve, price=price) for curve, price in zip(curves, prices, strict=False)),
         tuple(replace(width, price=price) for width, price in zip(widths, prices[len(curves) :], strict=True)),
