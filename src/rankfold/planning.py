@@ -215,6 +215,7 @@ def search_plan(
         "search": search if isinstance(search, str) else repr(search),
         "budget": dict(budget.given),
         "minimised": problem.minimise,
+        **({"priced_to_the_power_of": problem.power} if problem.power != 1 else {}),
         "objective": selection.objective,
         "bound": selection.bound,
     }
