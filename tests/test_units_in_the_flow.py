@@ -43,14 +43,14 @@ def test_saved_and_loaded(name: str, calibration: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["swiglu", "geglu", "flattened", "transposed"])
 def test_forward_order_helps(name: str) -> None:
-    """Where no batch norm follows, whose variance is kept up at the price of a larger error."""
+    """Where no batch norm follows, whose variance is kept up at the price of a larger error; else it is taken back."""
     model, _ = built(name)
     x = BLOCKS[name][1](192)
     result = compress(model, x[:1], decomposition="interpolative", budget=Budget(macs=0.7), calibration=[x])
     layers = find_layers(model, x[:1])
     apart, _ = apply_plan(model, result.plan, moments=calibrate(model, layers.found, [x]).moments)
     with torch.no_grad():
-        assert distance(result.model(x), model(x)) < distance(apart(x), model(x))
+        assert distance(result.model(x), model(x)) <= distance(apart(x), model(x))
 
 
 def test_inputs_tell_what_to_keep() -> None:

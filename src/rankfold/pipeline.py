@@ -16,7 +16,7 @@ from rankfold.calibration.moments import Calibration, calibrate
 from rankfold.calibration.synthetic import advice, synthetic_like
 from rankfold.errors import UnknownNameError
 from rankfold.network.checks import check_copies, check_model
-from rankfold.network.copies import unwrapped
+from rankfold.network.copies import duplicate, unwrapped
 from rankfold.network.costs import cost_of
 from rankfold.network.finding import Layers, find_layers
 from rankfold.network.opening import opened
@@ -28,7 +28,10 @@ from rankfold.planning import Decompositions, Task, assign, feasible_plan, measu
 from rankfold.progress import Progress, silent
 from rankfold.search import Search
 from rankfold.search.trace import Trace
-from rankfold.units import about_means, hidden_channels, measure_widths, with_metric, with_prices
+from rankfold.units import about_means, better, hidden_channels, measure_widths, with_metric, with_prices
+
+APART = "layer by layer: in forward order it agreed with the original less often"
+"""What a plan says of fits in forward order that were taken back."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ def compress(
     the network, `calibration_samples` of them; "none" (or None) for errors of the weights; "auto" for the one of the
     two that `rankfold.calibration.synthetic.advice` gives. Then every layer is fitted once more, in forward order, to
     the original's outputs from the compressed network's inputs, and biases and batch norms are corrected, unless
-    `sequential` is false or the budget limits the error.
+    `sequential` is false or the budget limits the error. Where channels went, these fits are kept only if the network
+    then agrees with the original as often as without.
 
     With "interpolative" among the decompositions ("auto" has it), channels of hidden activations can go as well: the
     layers around them get narrower, and what reads them rebuilds the others (`rankfold.network.channels` says which
@@ -117,8 +121,8 @@ def compress(
     )
     curves = measure(whole.model, layers, choices, units=budget.units, moments=known.moments, progress=progress)
     in_order = sequential and bool(known.inputs) and not math.isfinite(budget.largest_error)
-    about = about_means(whole.model, example_inputs, known.moments, sets.found) if in_order else known.moments
-    widths, layers = measure_widths(whole.model, layers, sets, align=align, moments=about, progress=progress)
+    ordering, rebuilding = about_means(whole.model, example_inputs, known.moments, sets.found, in_order=in_order)
+    widths, layers = measure_widths(whole.model, layers, sets, align=align, moments=ordering, progress=progress)
     power = 1.0
     if widths and in_order:
         curves, widths, power = with_prices(whole.model, curves, widths, known, progress)
@@ -127,10 +131,13 @@ def compress(
     settings = {**_provenance(known, in_order), "decomposition": _as_json(decomposition)}
     plan = replace(found.plan, settings={**found.plan.settings, **settings})
     student, plan = apply_plan(
-        model, plan, factors=found.factors, moments=known.moments, rebuilding=about, progress=progress
+        model, plan, factors=found.factors, moments=known.moments, rebuilding=rebuilding, progress=progress
     )
     if in_order:
+        apart = (duplicate(student), plan) if plan.narrowings else None
         plan = refit_(student, whole.model, plan, known.inputs, moments=known.moments, progress=progress)
+        if apart and not better(whole.model, apart[0], student, known):
+            student, plan = apart[0], replace(apart[1], settings={**plan.settings, "fitted": APART})
     plan = verified(model, student, plan, example_inputs)
     setattr(student, KNOWN_PLAN, plan)
     return Result(student, plan, time.perf_counter() - start, found.trace)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from torch import nn
@@ -22,6 +23,7 @@ from rankfold.network.tracing import followed
 from rankfold.plan import INTERPOLATIVE, ChannelSet, LayerPlan, Narrowing, channels_named
 from rankfold.progress import Progress, silent
 from rankfold.search.curves import Curve, subset
+from rankfold.search.network_objectives import agreement
 from rankfold.search.prices import POWER, priced
 from rankfold.search.units import WIDTHS, UnitCurve, Width, cost_at, measure_width, unit_curve, units_of
 
@@ -29,6 +31,9 @@ EXAMPLES = 32
 """Calibration inputs on which errors are priced, at most."""
 ENTRIES = 2**26
 """Entries of their outputs, at most, but for two inputs: language models give a logit per token and word."""
+
+ROWS = 256
+"""Rows of outputs by which students are compared, at least."""
 
 
 def hidden_channels(model: nn.Module, inputs: Inputs, layers: Layers, choices: Mapping[str, Sequence[str]]) -> Channels:
@@ -49,13 +54,20 @@ def with_metric(layers: Layers, choices: Mapping[str, Sequence[str]], channels: 
 
 
 def about_means(
-    model: nn.Module, inputs: Inputs, moments: Mapping[str, Moment], sets: Sequence[ChannelSet]
-) -> Mapping[str, Moment]:
-    """The moments, about the mean for layers that read channels where a bias or batch norm can take what it loses."""
+    model: nn.Module, inputs: Inputs, moments: Mapping[str, Moment], sets: Sequence[ChannelSet], *, in_order: bool
+) -> tuple[dict[str, Moment], dict[str, Moment]]:
+    """The moments by which channels are ordered, and those by which they are rebuilt at once.
+
+    They are about the mean where a bias can take what the mean of the outputs loses, and for the order also where a
+    batch norm will, once layers are fitted `in_order`. Those to rebuild by keep a mean where it is to be set right.
+    """
     readers = {port.layer: model.get_submodule(port.layer) for one in sets for port in one.consumers}
-    _, norms = followed(model, readers.values(), lambda: run(model, inputs))
-    able = {name for name, module in readers.items() if module in norms or getattr(module, "bias", None) is not None}
-    return {name: moment.centred() if name in able else moment for name, moment in moments.items()}
+    norms = followed(model, readers.values(), lambda: run(model, inputs))[1] if in_order and readers else {}
+    biased = {name for name, module in readers.items() if getattr(module, "bias", None) is not None}
+    able = biased | {name for name, module in readers.items() if module in norms}
+    ordering = {name: one.centred() if name in able else one for name, one in moments.items()}
+    rebuilding = {name: one.centred() if name in biased else replace(one, mean=None) for name, one in moments.items()}
+    return ordering, rebuilding
 
 
 def measure_widths(
@@ -99,6 +111,19 @@ def with_prices(
         return *priced(model, curves, widths, known.moments, few(known.inputs, count), progress=progress), POWER
     except ModelError:
         return tuple(curves), tuple(widths), 1.0
+
+
+def better(model: nn.Module, apart: nn.Module, ordered: nn.Module, known: Calibration) -> bool:
+    """Whether a student agrees with the original as well after its fits in forward order as before, on known inputs.
+
+    Fits in forward order are regressions on noisy inputs, and give less than the original did; where many small parts
+    are added up, as in language models, that can do more harm than the errors it takes away.
+    """
+    try:
+        before, after = (agreement(model, one, known.inputs, ROWS) for one in (apart, ordered))
+    except ModelError:
+        return True
+    return after >= before
 
 
 def united(curves: Sequence[Curve], widths: Sequence[Width], refused: Mapping[str, str], budget: Budget) -> list[Curve]:

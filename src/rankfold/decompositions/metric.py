@@ -37,7 +37,7 @@ class Moment:
         """The moment about the mean, where it is known: what counts where a bias can take the mean."""
         if self.joint is None or self.mean is None:
             return self
-        return replace(self, joint=self.joint - self.mean[:, :, None] * self.mean[:, None, :], mean=None)
+        return replace(self, joint=self.joint - self.mean[:, :, None] * self.mean[:, None, :])
 
     def of_groups(self, chosen: Int64[Tensor, " kept"]) -> Moment:
         """The moment of some groups."""

@@ -25,13 +25,10 @@ from rankfold.plan import ChannelSet, LayerPlan, Narrowing, Plan
 _SIZES = {"outputs": ("out_features", "out_channels", "nf"), "inputs": ("in_features", "in_channels", "nx")}
 
 
-def narrow_(
-    model: nn.Module, narrowings: Iterable[Narrowing], rebuilt: Mapping[str, Tensor] | None = None
-) -> nn.Module:
-    """The model with the kept channels alone, in place.
+def narrow_(model: nn.Module, narrowings: Iterable[Narrowing]) -> nn.Module:
+    """The model with the kept channels alone, in place; layers that read them keep their columns.
 
-    `rebuilt` are weights (g, o, i, *taps) of layers that read channels, as narrow as they are then; without one a
-    layer's own columns are kept. Raises PlanError where a narrowing names channels or layers that are not there.
+    Raises PlanError where a narrowing names channels or layers that are not there.
     """
     for narrowing in narrowings:
         channels, kept = narrowing.channels, torch.tensor(narrowing.kept)
@@ -45,8 +42,6 @@ def narrow_(
             _keep_between_(model, name, kept)
         for port in channels.consumers:
             _keep_inputs_(model.get_submodule(port.layer), entries(narrowing.kept, port.inner))
-    for name, weight in (rebuilt or {}).items():
-        write_weight_(model.get_submodule(name), weight)
     return model
 
 
@@ -78,18 +73,25 @@ def columns_of(narrowings: Iterable[Narrowing], layer: str, total: int) -> Tenso
     return torch.nonzero(~gone)[:, 0]
 
 
-def rebuilt_weights(model: nn.Module, plan: Plan, moments: Mapping[str, Moment]) -> dict[str, Tensor]:
-    """For every layer of the original that reads narrowed channels, the weight that rebuilds those that are gone."""
-    found = {}
+def rebuild_(student: nn.Module, model: nn.Module, plan: Plan, moments: Mapping[str, Moment]) -> None:
+    """Gives every layer that reads narrowed channels the weight that rebuilds those that are gone.
+
+    What the mean of its outputs loses goes to its bias, where the moment says the mean of its inputs.
+    """
     for layer in plan.changed:
         if not any(port.layer == layer.name for one in plan.narrowings for port in one.channels.consumers):
             continue
-        weight = weight_of(model.get_submodule(layer.name))
+        weight, moment = weight_of(model.get_submodule(layer.name)), moments.get(layer.name, IDENTITY)
         rows, columns = kept_of(plan, layer.name, weight)
-        rebuilt = interpolated(weight, moments.get(layer.name, IDENTITY), columns)
+        rebuilt = interpolated(weight, moment, columns)
+        own = student.get_submodule(layer.name)
         split = by_group(rows, len(weight), weight.shape[1])
-        found[layer.name] = torch.stack([rebuilt[group][one] for group, one in enumerate(split)])
-    return found
+        write_weight_(own, torch.stack([rebuilt[group][one] for group, one in enumerate(split)]))
+        bias = cast("nn.Parameter | None", own.bias)
+        if bias is not None and moment.mean is not None:
+            lost = weight.double().cpu() - padded(rebuilt, weight.shape[2], columns)
+            shift = (lost.flatten(2) @ moment.mean[..., None]).flatten()[rows]
+            bias.data += shift.to(bias)
 
 
 def narrowed_moment(moment: Moment, model: nn.Module, plan: Plan, layer: LayerPlan) -> Moment:

@@ -14,7 +14,7 @@ from rankfold.errors import PlanError
 from rankfold.network.copies import duplicate, needs_copy, replaced, sharing
 from rankfold.network.kinds import factorised, kind_of, shape_of, stage_weights, weight_of
 from rankfold.network.layouts import empty_factors
-from rankfold.network.narrowing import narrow_, narrowed_error, narrowed_moment, rebuilt_weights
+from rankfold.network.narrowing import narrow_, narrowed_error, narrowed_moment, rebuild_
 from rankfold.network.opening import open_
 from rankfold.plan import LayerPlan, Plan
 from rankfold.progress import Progress, silent
@@ -33,12 +33,14 @@ def apply_plan(
 
     The original is untouched. `factors` are those already at hand, by layer name; others are fitted, in the metric of
     the layer's entry in `moments` if it has one. Channels that are gone are rebuilt by the moments in `rebuilding`,
-    where they are other ones: about the mean, if it is set right afterwards. Raises PlanError where the plan does not
-    fit the model.
+    where they are other ones: about the mean, which a bias then takes. Raises PlanError where the plan does not fit the
+    model.
     """
     whole = opened_for(model, plan)
     student = open_(duplicate(model), plan.opened)
-    student = narrow_(student, plan.narrowings, rebuilt_weights(whole, plan, rebuilding or moments or {}))
+    if plan.narrowings:
+        student = narrow_(student, plan.narrowings)
+        rebuild_(student, whole, plan, rebuilding if rebuilding is not None else moments or {})
     reached = []
     for done, layer in enumerate(plan.layers):
         progress("fitting factors", done, len(plan.layers))

@@ -186,6 +186,32 @@ def class_axis(output: Tensor) -> int:
     return 1 if output.ndim > 3 else -1
 
 
+def agreement(model: nn.Module, student: nn.Module, batches: Iterable[Inputs], rows: int) -> float:
+    """How well a student's outputs agree with the original's on the first batches, until so many rows are seen.
+
+    Of outputs over classes that is the share of rows with the same likeliest class, which does not ask for the same
+    confidence; of others minus the squared error, relative to the size of the original's. Raises ModelError where the
+    two cannot be compared.
+    """
+    seen, same = 0, 0.0
+    for batch in batches:
+        own, other = output_of(run(student, batch)), output_of(run(model, batch))
+        if own.shape != other.shape:
+            raise ModelError(
+                f"the student gives outputs of shape {tuple(own.shape)}, the original {tuple(other.shape)}"
+            )
+        axis = class_axis(other)
+        if other.ndim > 1 and other.shape[axis] > 1:
+            hits = own.argmax(axis) == other.argmax(axis)
+            seen, same = seen + hits.numel(), same + float(hits.sum())
+        else:
+            error = (own - other).square().sum() / other.square().sum().clamp_min(1e-30)
+            seen, same = seen + len(other), same - float(error) * len(other)
+        if seen >= rows:
+            break
+    return same / max(seen, 1)
+
+
 def softened(output: Tensor, taught: Tensor, temperature: float) -> Tensor:
     """T² times the Kullback-Leibler divergence of the softmax at T from the teacher's, over the classes, per row.
 
