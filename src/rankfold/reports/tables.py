@@ -72,12 +72,14 @@ def compression(result: Result, out: Path) -> RenderableType:
         )
     bound = result.plan.settings.get("bound")
     objective = result.plan.settings.get("objective", 0.0)
-    proof = f"; no plan within the budget is below {bound:.4f}" if bound is not None else ""
+    proof = f"; no plan within the budget is below {bound:.4g}" if bound is not None else ""
     minimised = result.plan.settings.get("minimised", "error")
     what = "sum of squared relative errors predicted" if minimised == "error" else f"{minimised} kept in these layers"
+    if power := result.plan.settings.get("priced_to_the_power_of"):
+        what = f"sum of errors times what they cost the output, to the power of {power:g}, predicted"
     notes = [
         totals(result.before, result.after),
-        Text(f"{what} {objective:.4f}{proof}", "dim"),
+        Text(f"{what} {objective:.4g}{proof}", "dim"),
         Text(calibration(result.plan.settings), "dim"),
         Text(f"{out}  ({result.seconds:.1f} s)"),
     ]

@@ -40,7 +40,7 @@ def evbmf(problem: Problem, progress: Progress = silent, /) -> Selection:
     for done, curve in enumerate(problem.curves):
         progress("searching ranks", done, len(problem.curves))
         if curve.weight is None:
-            raise BudgetError("search 'evbmf' needs the weights, and the problem has none")
+            raise BudgetError("search 'evbmf' needs the weights, and the problem has none; leave out 'interpolative'")
         tops.append({name: evbmf_ranks(name, curve.weight, curve.layer.shape) for name in curve.tried})
 
     def choose(level: float) -> tuple[int, ...]:

@@ -23,7 +23,10 @@ class Reconstructions:
         """The weight of a candidate, fitted as it would be in the plan, in the dtype of the original."""
         original, method = curve.weight, curve.methods[k]
         if original is None:
-            raise BudgetError(f"{curve.layer.name}: this objective needs the weights, and the problem has none")
+            raise BudgetError(
+                f"{curve.layer.name}: this objective needs the weights, and the problem has none; "
+                "leave out 'interpolative'"
+            )
         if method is None:
             return original
         place = (curve.layer.name, method)
