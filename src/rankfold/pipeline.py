@@ -24,7 +24,7 @@ from rankfold.network.passes import Inputs
 from rankfold.network.rehearsal import verified
 from rankfold.network.surgery import apply_plan
 from rankfold.plan import KNOWN_PLAN, Plan
-from rankfold.planning import Decompositions, Task, assign, feasible_plan, measure, placed
+from rankfold.planning import Decompositions, Task, assign, feasible_plan, measure, placed, suited
 from rankfold.progress import Progress, silent
 from rankfold.search import Search
 from rankfold.search.trace import Trace
@@ -109,6 +109,7 @@ def compress(
     whole = opened(model, example_inputs)
     layers = find_layers(whole.model, example_inputs, include=include, exclude=exclude, closed=whole.closed)
     choices, layers = assign(layers, decomposition)
+    choices = suited(choices, search)
     sets = hidden_channels(whole.model, example_inputs, layers, choices)
     known = calibrated(
         whole.model,

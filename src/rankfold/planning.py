@@ -25,6 +25,7 @@ from rankfold.search import search as known_search
 from rankfold.search.candidates import measure_layer, smallest_form
 from rankfold.search.curves import Curve
 from rankfold.search.network_objectives import NetworkObjective
+from rankfold.search.published import Published
 from rankfold.search.trace import Trace
 from rankfold.search.units import UnitCurve, Width
 from rankfold.units import dense_cost, fitted_factors, members, narrowings_of, planned, united
@@ -118,6 +119,18 @@ def placed(search: str | Search, model: nn.Module) -> str | Search:
     return replace(cast(Any, search), objective=objective.placed_on(model))
 
 
+def suited(choices: Mapping[str, tuple[str, ...]], search: str | Search) -> dict[str, tuple[str, ...]]:
+    """The choices as far as a search can make them: of "auto", one that looks at layers' weights knows no units."""
+    objective = getattr(search, "objective", None)
+    weights = search == "evbmf" or isinstance(search, Published) or isinstance(objective, NetworkObjective)
+    return {
+        name: tuple(one for one in names if one != INTERPOLATIVE) if weights and names == AUTO else names
+        for name, names in choices.items()
+    }
+
+
+AUTO = (*DECOMPOSITIONS, INTERPOLATIVE)
+"""What "auto" stands for."""
 _EMBEDDING = "an embedding: left whole, as the budget can be met without it; include it by name to have it decomposed"
 
 
@@ -252,7 +265,7 @@ def no_gain(curve: Curve) -> str:
 def _names(given: str | Sequence[str]) -> tuple[str, ...]:
     """The decompositions a user's choice stands for."""
     if given == "auto":
-        return (*DECOMPOSITIONS, INTERPOLATIVE)
+        return AUTO
     names = (given,) if isinstance(given, str) else tuple(given)
     if not names:
         raise ModelError(f"no decomposition given; name one of {', '.join(DECOMPOSITIONS)}, {INTERPOLATIVE}, or 'auto'")

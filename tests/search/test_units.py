@@ -9,15 +9,16 @@ import pytest
 from blocks import BLOCKS, built  # type: ignore[import-not-found]
 from torch import nn
 
-from rankfold import Budget, compress
+from rankfold import Budget, BudgetError, compress
 from rankfold.budget import Cost
 from rankfold.calibration.moments import calibrate
 from rankfold.network.channels import find_channels
 from rankfold.network.costs import cost_of
 from rankfold.network.finding import find_layers
+from rankfold.objectives import Divergence
 from rankfold.plan import ChannelSet, Port
 from rankfold.planning import assign, measure
-from rankfold.search import units
+from rankfold.search import Rene, units
 from rankfold.search.units import UnitCurve, unit_curve, units_of, width_grid
 from rankfold.units import hidden_channels, measure_widths
 
@@ -68,6 +69,16 @@ def test_costs_are_those_of_the_network(name: str, decomposition: str | list[str
     assert result.after == cost_of(result.model, x[:1])
     assert result.after.macs <= 0.7 * result.before.macs
     assert result.plan.narrowings
+
+
+def test_searches_that_look_at_weights_know_no_units() -> None:
+    """With "auto" they choose among ranks; asked for widths, they say that they cannot."""
+    model, x = built("bottleneck")
+    finder = Rene(objective=Divergence(model, [x]), iterations=1, turns=1)
+    result = compress(model, x[:1], budget=Budget(macs=0.7), search=finder, decomposition="auto", calibration=[x])
+    assert not result.plan.narrowings
+    with pytest.raises(BudgetError, match="leave out 'interpolative'"):
+        compress(model, x[:1], budget=Budget(macs=0.7), search=finder, decomposition="interpolative", calibration=[x])
 
 
 def test_units_hang_together_by_layers() -> None:
