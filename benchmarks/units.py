@@ -3,7 +3,7 @@
 ImageNet networks are calibrated on 500 unlabelled validation images and scored on 1,500 others; ResNet-20 on 512
 training images and the CIFAR-10 test images; a language model on 64 blocks of 512 tokens of WikiText-2's validation
 text, scored by perplexity on 12 evenly spaced blocks of 1,024 of its test text. `--only CASE` runs some cases, a case
-being MODEL/DECOMPOSITIONS/BUDGET; `--speed` measures latencies instead, in turns with the original and with low rank.
+being MODEL:DECOMPOSITIONS:BUDGET; `--speed` measures latencies instead, in turns with the original and with low rank.
 `--language FOLDER` is the language model's.
 """
 
@@ -29,11 +29,11 @@ from rankfold.sources.zoo import IMAGENET_MEAN, IMAGENET_STD
 
 IMAGENET = ("mobilenet_v2", "resnet50", "deit_tiny")
 CASES = (
-    *(f"mobilenet_v2/interpolative/{budget}" for budget in (0.9, 0.8, 0.7, 0.5)),
-    *(f"deit_tiny/svd,interpolative/{budget}" for budget in (0.9, 0.8, 0.7, 0.5)),
-    *(f"resnet50/svd,interpolative/{budget}" for budget in (0.9, 0.8, 0.7, 0.5)),
-    *(f"cifar10_resnet20/cp3,interpolative/{budget}" for budget in (0.5, 0.3, 0.2)),
-    "smollm2/interpolative/0.8",
+    *(f"mobilenet_v2:interpolative:{budget}" for budget in (0.9, 0.8, 0.7, 0.5)),
+    *(f"deit_tiny:svd,interpolative:{budget}" for budget in (0.9, 0.8, 0.7, 0.5)),
+    *(f"resnet50:svd,interpolative:{budget}" for budget in (0.9, 0.8, 0.7, 0.5)),
+    *(f"cifar10_resnet20:cp3,interpolative:{budget}" for budget in (0.5, 0.3, 0.2)),
+    "smollm2:interpolative:0.8",
 )
 BATCH = 10
 
@@ -65,7 +65,7 @@ def images(folder: Path, name: str, count: int) -> tuple[Any, list[Tensor]]:
 
 def of_images(folder: Path, case: str, count: int, report: Callable[..., None]) -> dict[str, Any]:
     """The record of a network of images."""
-    name, decomposition, budget = case.split("/")
+    name, decomposition, budget = case.split(":")
     source = opened(folder, name)
     scored, batches = images(folder, name, count)
     result = compress(
@@ -96,7 +96,7 @@ def of_images(folder: Path, case: str, count: int, report: Callable[..., None]) 
 
 def of_language(folder: Path, case: str, text: Path, report: Callable[..., None]) -> dict[str, Any]:
     """The record of a language model: the budget is a share of what is neither embedding nor head."""
-    _, decomposition, budget = case.split("/")
+    _, decomposition, budget = case.split(":")
     model: Any = build_model(f"hf:{folder}").model.float()
     from transformers import AutoTokenizer  # importable once the model is built, whatever torchvision is there
 
@@ -168,7 +168,7 @@ def speeds(folder: Path, count: int, report: Callable[..., None]) -> list[dict[s
                 macs = made[method].after.macs / made[method].before.macs
                 found.append(
                     record(
-                        case=f"speed/{name}/{method}/{batch}",
+                        case=f"speed:{name}:{method}:{batch}",
                         model=name,
                         method=method,
                         batch=batch,
@@ -193,7 +193,7 @@ def keep(records: Sequence[dict[str, Any]]) -> None:
 def main() -> None:
     """All cases, or some; each is written down once it is done."""
     arguments = parser(__doc__ or "")
-    arguments.add_argument("--only", action="append", help="MODEL/DECOMPOSITIONS/BUDGET (repeatable)")
+    arguments.add_argument("--only", action="append", help="MODEL:DECOMPOSITIONS:BUDGET (repeatable)")
     arguments.add_argument("--images", type=int, default=500, help="calibration images of ImageNet networks")
     arguments.add_argument("--language", type=Path, help="folder of the language model")
     arguments.add_argument("--speed", action="store_true", help="measure latencies")
