@@ -84,7 +84,7 @@ def of_images(folder: Path, case: str, count: int, report: Callable[..., None]) 
         base,
         case=case,
         model=name,
-        data="CIFAR-10 test" if "cifar" in name else "ImageNet validation, 1,500 images",
+        data="CIFAR-10 test" if "cifar" in name else "ImageNet validation",
         budget=float(budget),
         lost=round(base.top1 - found.top1, 2),
         calibration_samples=sum(map(len, batches)),
