@@ -147,7 +147,7 @@ def test_mobilenet_loses_little(data: Path) -> None:
     from rankfold.sources import zoo
     from rankfold.sources.models import load_weights_
 
-    model = zoo.build("imagenet_mobilenet_v2")
+    model = zoo.build("mobilenet_v2")
     load_weights_(model, data / "weights" / "imagenet_mobilenet_v2.safetensors")
     normal = Normalisation(zoo.IMAGENET_MEAN, zoo.IMAGENET_STD)
     known = open_dataset(f"npz:{data / 'imagenet_val' / 'calibration.npz'}", (3, 224, 224), normal).sample(48)

@@ -28,9 +28,11 @@ from rankfold.planning import Decompositions, Task, assign, feasible_plan, measu
 from rankfold.progress import Progress, silent
 from rankfold.search import Search
 from rankfold.search.trace import Trace
-from rankfold.units import about_means, better, hidden_channels, measure_widths, with_metric, with_prices
+from rankfold.units import about_means, better, held_back, hidden_channels, measure_widths, with_metric, with_prices
 
-APART = "layer by layer: in forward order it agreed with the original less often"
+FEWEST = 256
+"""Calibration inputs from which on a network that lost channels keeps fits in forward order: with fewer they overfit."""
+APART = "layer by layer: in forward order there are too few inputs, or it agreed with the original less often"
 """What a plan says of fits in forward order that were taken back."""
 
 
@@ -136,8 +138,9 @@ def compress(
     )
     if in_order:
         apart = (duplicate(student), plan) if plan.narrowings else None
-        plan = refit_(student, whole.model, plan, known.inputs, moments=known.moments, progress=progress)
-        if apart and not better(whole.model, apart[0], student, known):
+        fitted, held = held_back(known.inputs) if apart else (known.inputs, ())
+        plan = refit_(student, whole.model, plan, fitted, moments=known.moments, progress=progress)
+        if apart and (known.samples < FEWEST or not better(whole.model, apart[0], student, held)):
             student, plan = apart[0], replace(apart[1], settings={**plan.settings, "fitted": APART})
     plan = verified(model, student, plan, example_inputs)
     setattr(student, KNOWN_PLAN, plan)

@@ -32,9 +32,6 @@ EXAMPLES = 32
 ENTRIES = 2**26
 """Entries of their outputs, at most, but for two inputs: language models give a logit per token and word."""
 
-ROWS = 256
-"""Rows of outputs by which students are compared, at least."""
-
 
 def hidden_channels(model: nn.Module, inputs: Inputs, layers: Layers, choices: Mapping[str, Sequence[str]]) -> Channels:
     """The channel sets between layers that may be interpolative, each tried on the network; why others stay."""
@@ -113,14 +110,21 @@ def with_prices(
         return tuple(curves), tuple(widths), 1.0
 
 
-def better(model: nn.Module, apart: nn.Module, ordered: nn.Module, known: Calibration) -> bool:
-    """Whether a student agrees with the original as well after its fits in forward order as before, on known inputs.
+def held_back(batches: Iterable[Inputs]) -> tuple[list[Inputs], list[Inputs]]:
+    """The batches that layers are fitted to in forward order, and an eighth that is held back; all, if there is one."""
+    everything = list(batches)
+    count = max(1, len(everything) // 8)
+    return (everything[:-count], everything[-count:]) if len(everything) > 1 else (everything, everything)
 
-    Fits in forward order are regressions on noisy inputs, and give less than the original did; where many small parts
-    are added up, as in language models, that can do more harm than the errors it takes away.
+
+def better(model: nn.Module, apart: nn.Module, ordered: nn.Module, batches: Sequence[Inputs]) -> bool:
+    """Whether a student agrees with the original as well after its fits in forward order as before, on some inputs.
+
+    Fits in forward order are regressions on noisy inputs: with few of them they overfit, and they give less than the
+    original did. Where many small parts are added up, as in language models, that can do more harm than good.
     """
     try:
-        before, after = (agreement(model, one, known.inputs, ROWS) for one in (apart, ordered))
+        before, after = (agreement(model, one, batches) for one in (apart, ordered))
     except ModelError:
         return True
     return after >= before

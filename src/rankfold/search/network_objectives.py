@@ -186,8 +186,8 @@ def class_axis(output: Tensor) -> int:
     return 1 if output.ndim > 3 else -1
 
 
-def agreement(model: nn.Module, student: nn.Module, batches: Iterable[Inputs], rows: int) -> float:
-    """How well a student's outputs agree with the original's on the first batches, until so many rows are seen.
+def agreement(model: nn.Module, student: nn.Module, batches: Iterable[Inputs]) -> float:
+    """How well a student's outputs agree with the original's on some batches.
 
     Of outputs over classes that is the share of rows with the same likeliest class, which does not ask for the same
     confidence; of others minus the squared error, relative to the size of the original's. Raises ModelError where the
@@ -207,8 +207,6 @@ def agreement(model: nn.Module, student: nn.Module, batches: Iterable[Inputs], r
         else:
             error = (own - other).square().sum() / other.square().sum().clamp_min(1e-30)
             seen, same = seen + len(other), same - float(error) * len(other)
-        if seen >= rows:
-            break
     return same / max(seen, 1)
 
 

@@ -36,6 +36,8 @@ FRONT = 48
 """Candidates kept for each width of the sets at hand, while a unit's are found."""
 CANDIDATES = 256
 """Candidates of a unit."""
+SEEN = 1.5
+"""Inputs that a layer must have seen for each channel that it reads, for their moment to be relied on."""
 LARGEST_IDENTITY = 4608
 """Inputs of a layer that reads channels, at most, where their moment is not known as a whole."""
 
@@ -132,6 +134,9 @@ def measure_width(
         if moments.get(name, IDENTITY).joint is None and size > LARGEST_IDENTITY:
             return f"{name} has {size:,} inputs, too many for what is known of them to be told apart"
     first, *others = readers
+    seen = moments.get(first, IDENTITY).positions
+    if 0 < seen < SEEN * channels.size:
+        return f"{first} has seen {seen} inputs, too few for {channels.size} channels; give more to calibrate on"
     linear = not layers[first].shape.kernel
     elimination = eliminate(weights[first], moments.get(first, IDENTITY), channels.size, channels.parts)
     widths = width_grid(channels, linear, align, most)
