@@ -31,7 +31,7 @@ from rankfold.search.trace import Trace
 from rankfold.units import about_means, better, held_back, hidden_channels, measure_widths, with_metric, with_prices
 
 FEWEST = 256
-"""Calibration inputs from which on a network that lost channels keeps fits in forward order: with fewer they overfit."""
+"""Calibration inputs from which on a network that lost channels keeps fits in forward order; fewer overfit."""
 APART = "layer by layer: in forward order there are too few inputs, or it agreed with the original less often"
 """What a plan says of fits in forward order that were taken back."""
 
