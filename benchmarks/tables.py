@@ -161,10 +161,8 @@ def fine_tunings(records: list[dict[str, Any]]) -> str:
     return rows_of(rows, shown) + (f"\n\nThe same in all: {told}." if told else "")
 
 
-def units(records: list[dict[str, Any]]) -> str:
-    """Networks with fewer channels, by model: accuracy, perplexity, and the speed that came of it."""
-    scored = sorted((one for one in records if "lost" in one), key=lambda one: (one["model"], -one["budget"]))
-    columns = {
+UNITS = {
+    "lost": {
         "model": "network",
         "method": "decompositions",
         "macs_kept": "MACs kept",
@@ -176,31 +174,32 @@ def units(records: list[dict[str, Any]]) -> str:
         "decomposed": "layers of low rank",
         "seconds": "seconds",
         "peak_gb": "GB",
-    }
-    parts = [rows_of(scored, columns)] if scored else []
-    spoken = [one for one in records if "perplexity" in one]
-    if spoken:
-        columns = {
-            "model": "language model",
-            "blocks_kept": "of the blocks' parameters",
-            "base_perplexity": "perplexity",
-            "perplexity": "compressed",
-            "seconds": "seconds",
-            "peak_gb": "GB",
-        }
-        parts.append(rows_of(spoken, columns))
-    timed = [one for one in records if "realised" in one]
-    if timed:
-        columns = {
-            "model": "network",
-            "method": "decomposition",
-            "batch": "batch",
-            "macs_kept": "MACs kept",
-            "time_kept": "time kept",
-            "realised": "time saved over MACs saved",
-        }
-        parts.append("Latencies side by side with the original, channels last:\n\n" + rows_of(timed, columns))
-    return "\n\n".join(parts)
+    },
+    "perplexity": {
+        "model": "language model",
+        "blocks_kept": "of the blocks' parameters",
+        "base_perplexity": "perplexity",
+        "perplexity": "compressed",
+        "seconds": "seconds",
+        "peak_gb": "GB",
+    },
+    "realised": {
+        "model": "network, channels last",
+        "method": "decomposition",
+        "batch": "batch",
+        "macs_kept": "MACs kept",
+        "time_kept": "time kept, side by side with the original",
+        "realised": "time saved over MACs saved",
+    },
+}
+"""The columns of the records of units, by the field that tells their kind."""
+
+
+def units(records: list[dict[str, Any]]) -> str:
+    """Networks with fewer channels, by model: accuracy, perplexity, and the speed that came of it."""
+    rows = sorted(records, key=lambda one: (one["model"], -one.get("budget", 0)))
+    parts = (([one for one in rows if field in one], columns) for field, columns in UNITS.items())
+    return "\n\n".join(rows_of(part, columns) for part, columns in parts if part)
 
 
 def fill(path: Path, marker: str, body: str) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, accuracy_record, network, parser, record, require_data, unlabelled
+from common import RESULTS, accuracy_record, network, parser, record, require_data, unlabelled, write
 from torch import Tensor, nn
 
 from rankfold import Budget, Result, compress
@@ -27,7 +27,6 @@ from rankfold.sources.data import Normalisation, open_dataset
 from rankfold.sources.models import Source, build_model, load_weights_
 from rankfold.sources.zoo import IMAGENET_MEAN, IMAGENET_STD
 
-IMAGENET = ("mobilenet_v2", "resnet50", "deit_tiny")
 CASES = (
     *(f"mobilenet_v2:interpolative:{budget}" for budget in (0.9, 0.8, 0.7, 0.5)),
     *(f"deit_tiny:svd,interpolative:{budget}" for budget in (0.9, 0.8, 0.7, 0.5)),
@@ -187,7 +186,7 @@ def keep(records: Sequence[dict[str, Any]]) -> None:
     path = RESULTS / f"units-{datetime.date.today().isoformat()}.json"
     cases = {one["case"] for one in records}
     earlier = json.loads(path.read_text()) if path.exists() else []
-    path.write_text(json.dumps([*(one for one in earlier if one["case"] not in cases), *records], indent=1) + "\n")
+    write([*(one for one in earlier if one["case"] not in cases), *records])
 
 
 def main() -> None:
@@ -216,7 +215,6 @@ def main() -> None:
             found = of_language(given.language, case, folder / "wikitext2", report)
         else:
             found = of_images(folder, case, given.images, report)
-        print(json.dumps(found), flush=True)
         keep([found])
 
 

@@ -136,11 +136,13 @@ def compress(
     student, plan = apply_plan(
         model, plan, factors=found.factors, moments=known.moments, rebuilding=rebuilding, progress=progress
     )
-    if in_order:
+    if in_order and plan.narrowings and known.samples < FEWEST:
+        plan = replace(plan, settings={**plan.settings, "fitted": APART})
+    elif in_order:
         apart = (duplicate(student), plan) if plan.narrowings else None
         fitted, held = held_back(known.inputs) if apart else (known.inputs, ())
         plan = refit_(student, whole.model, plan, fitted, moments=known.moments, progress=progress)
-        if apart and (known.samples < FEWEST or not better(whole.model, apart[0], student, held)):
+        if apart and not better(whole.model, apart[0], student, held):
             student, plan = apart[0], replace(apart[1], settings={**plan.settings, "fitted": APART})
     plan = verified(model, student, plan, example_inputs)
     setattr(student, KNOWN_PLAN, plan)

@@ -91,7 +91,7 @@ def measure_widths(
             found.append(width)
     if sets:
         progress("ordering channels", len(sets), len(sets))
-    return tuple(found), layers.with_skipped(kept)
+    return tuple(found), layers.without(kept)
 
 
 def with_prices(
@@ -103,7 +103,7 @@ def with_prices(
     in them), relative errors are summed as they are.
     """
     try:
-        (one,) = few(known.inputs, 1)[:1]
+        (one,) = few(known.inputs, 1)
         count = max(2, min(EXAMPLES, ENTRIES // output_of(run(model, one)).numel()))
         return *priced(model, curves, widths, known.moments, few(known.inputs, count), progress=progress), POWER
     except ModelError:

@@ -87,14 +87,12 @@ class _Pairs:
         self.inputs = MomentSum(layer)
         columns = layer.params // (layer.groups * layer.outputs)
         self.cross = torch.zeros(layer.groups, layer.outputs, columns, dtype=torch.float64)
-        self.input_sum = torch.zeros(layer.groups, columns, dtype=torch.float64)
         self.output_sum = torch.zeros(layer.groups, layer.outputs, dtype=torch.float64)
         self.output_squares = torch.zeros_like(self.output_sum)
 
     def add(self, rows: Tensor, patches: Tensor) -> None:
         """Adds outputs (g, positions, o) and the patches (g, positions, n) in their place."""
         self.inputs.add(patches)
-        self.input_sum += patches.sum(1).double().cpu()
         self.cross += (rows.mT @ patches).double().cpu()
         self.output_sum += rows.sum(1).double().cpu()
         self.output_squares += rows.square().sum(1).double().cpu()
@@ -102,14 +100,14 @@ class _Pairs:
     def __add__(self, other: _Pairs) -> _Pairs:
         """The sums over the pairs of both."""
         total = copy.copy(self)
-        for name in ("inputs", "cross", "input_sum", "output_sum", "output_squares"):
+        for name in ("inputs", "cross", "output_sum", "output_squares"):
             setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
 
     @property
     def input_mean(self) -> Float64[Tensor, "g n"]:
         """E[x̃]."""
-        return self.input_sum / max(self.inputs.positions, 1)
+        return cast(Tensor, self.inputs.sum) / max(self.inputs.positions, 1)
 
     @property
     def output_mean(self) -> Float64[Tensor, "g o"]:

@@ -135,11 +135,11 @@ class MomentSum:
         self.shape = (groups, inputs, taps)
         whole = inputs * taps <= LARGEST_MOMENT or layer.routed
         self.joint = torch.zeros(groups, inputs * taps, inputs * taps, dtype=torch.float64) if whole else None
-        self.sum = torch.zeros(groups, inputs * taps, dtype=torch.float64) if whole else None
         self.rows: list[Tensor] | None = None if whole or taps > 1 else []
         split = not whole and taps > 1
         self.inputs = torch.zeros(groups, inputs, inputs, dtype=torch.float64) if split else None
         self.taps = torch.zeros(groups, taps, taps, dtype=torch.float64) if split else None
+        self.sum = torch.zeros(groups, inputs * taps, dtype=torch.float64) if self.rows is None else None
         self.positions = 0
         self.routed = layer.routed
 
@@ -148,10 +148,11 @@ class MomentSum:
         positions = patches.shape[1]
         patches = patches.float() if patches.dtype in (torch.float16, torch.bfloat16) else patches
         self.positions += positions
+        places = slice(None) if group is None else slice(group, group + 1)
+        if self.sum is not None:
+            self.sum[places] += patches.sum(1).double().cpu()
         if self.joint is not None:
-            places = slice(None) if group is None else slice(group, group + 1)
             self.joint[places] += (patches.mT @ patches).double().cpu()
-            cast(Tensor, self.sum)[places] += patches.sum(1).double().cpu()
             return
         if self.rows is not None:
             self.rows.append(patches.float().cpu())

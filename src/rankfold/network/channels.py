@@ -62,8 +62,7 @@ class _Known:
     ) -> None:
         self.model, self.skipped = model, skipped
         self.layers = {layer.name: layer for layer in layers}
-        self.modules = dict(model.named_modules())
-        self.divided = following.divided
+        self.modules, self.divided = following.modules, following.divided
         self.users = Counter(name for one in following.sets() for name in {*one.between, *_readers(one)})
 
     def channels(self, one: Followed) -> ChannelSet | str:

@@ -29,13 +29,9 @@ class Layers:
     skipped: Mapping[str, str]
 
     def without(self, reasons: Mapping[str, str]) -> Layers:
-        """The layers but for some, which are skipped for the given reasons."""
+        """The layers but for some, which are skipped for the given reasons, as is what else reasons are given for."""
         left = tuple(layer for layer in self.found if layer.name not in reasons)
         return Layers(left, {**self.skipped, **reasons})
-
-    def with_skipped(self, reasons: Mapping[str, str]) -> Layers:
-        """The layers, and more that stays as it is, with reasons."""
-        return Layers(self.found, {**self.skipped, **reasons})
 
 
 def find_layers(

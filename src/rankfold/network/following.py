@@ -46,7 +46,6 @@ class Following(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
         self.modules = dict(model.named_modules())
         self.names = {module: name for name, module in self.modules.items()}
         self.owned = {id(one): name for name, one in (*model.named_parameters(), *model.named_buffers())}
@@ -64,7 +63,7 @@ class Following(TorchDispatchMode):
         for module, name in self.names.items():
             kind = kind_of(module)
             if kind is not None and not kind.lookup and not kind.stacked:
-                enter, leave = (self._through(name)) if is_depthwise(module) else (self._read(name), self._made(name))
+                enter, leave = self._through(name) if is_depthwise(module) else (self._read(name), self._made(name))
             elif isinstance(module, nn.modules.batchnorm._BatchNorm) or (
                 isinstance(module, nn.PReLU) and module.num_parameters > 1
             ):
@@ -116,7 +115,7 @@ class Following(TorchDispatchMode):
             if tag.axis != x.ndim - 1 - axes or x.shape[tag.axis] != inputs or (axes and tag.inner > 1):
                 self._block(tag.source, f"{name} does not read it along its channels")
             else:
-                self._set(tag.source).consumers[Port(name, inner=tag.inner)] = None
+                self.known[tag.source].consumers[Port(name, inner=tag.inner)] = None
 
         return enter
 
@@ -148,7 +147,7 @@ class Following(TorchDispatchMode):
             self.inside -= 1
             tag = carried.pop() if carried else None
             if tag is not None and isinstance(output, Tensor):
-                self._set(tag.source).between[name] = None
+                self.known[tag.source].between[name] = None
                 self._tag(output, tag)
 
         return enter, leave
@@ -168,7 +167,7 @@ class Following(TorchDispatchMode):
             placed = moved(op, args, tag.axis, tag.inner, out)
             placed = placed or reduced(op, args, kwargs, tag.axis, tag.inner)
             placed = placed or reshaped(op, first, tag.axis, tag.inner, out)
-            if placed is None or len({self._root(cast(Tag, self.tag_of(one)).source) for one in given}) > 1:
+            if placed is None or len({id(self.known[cast(Tag, self.tag_of(one)).source]) for one in given}) > 1:
                 for one in given:
                     self.block(one, f"{full.split('.')[0].replace('aten::', '')} reads it")
             else:
@@ -212,7 +211,7 @@ class Following(TorchDispatchMode):
                     if name is None or plain.numel() != _width(tag) or tag.inner > 1:
                         self._block(tag.source, f"{op.removeprefix('aten.')} joins it with another activation")
                     else:
-                        self._set(tag.source).between[name] = None
+                        self.known[tag.source].between[name] = None
         self._tag(out, Tag(tag.source, axis, tag.inner))
 
     def _divide(self, args: Any, tag: Tag, out: Sequence[Tensor]) -> bool:
@@ -223,7 +222,7 @@ class Following(TorchDispatchMode):
                 self._tag(one, tag)
             return True
         name, start, _ = tag.source
-        if tag.inner > 1 or len(self._set(tag.source).sources) > 1:
+        if tag.inner > 1 or len(self.known[tag.source].sources) > 1:
             return False
         for one in out:
             source = (name, start, start + one.shape[dim])
@@ -235,12 +234,6 @@ class Following(TorchDispatchMode):
 
     def _tag(self, tensor: Tensor, tag: Tag) -> None:
         self.tags[id(tensor)] = (tensor, tag)
-
-    def _set(self, source: Source) -> Followed:
-        return self.known[source]
-
-    def _root(self, source: Source) -> int:
-        return id(self.known[source])
 
     def _block(self, source: Source, reason: str) -> None:
         one = self.known[source]

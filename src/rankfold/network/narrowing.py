@@ -49,8 +49,7 @@ def rows_of(narrowings: Iterable[Narrowing], layer: str, total: int) -> Tensor:
     """Which of a layer's outputs are kept, in rising order."""
     gone = torch.zeros(total, dtype=torch.bool)
     for narrowing in narrowings:
-        dropped = torch.ones(narrowing.channels.size, dtype=torch.bool)
-        dropped[list(narrowing.kept)] = False
+        dropped = _dropped(narrowing)
         for port in narrowing.channels.producers:
             if port.layer == layer:
                 gone[port.start : port.start + len(dropped)] |= dropped
@@ -63,14 +62,20 @@ def columns_of(narrowings: Iterable[Narrowing], layer: str, total: int) -> Tenso
     """Which of a layer's inputs, of all groups together, are kept, in rising order."""
     gone = torch.zeros(total, dtype=torch.bool)
     for narrowing in narrowings:
-        dropped = torch.ones(narrowing.channels.size, dtype=torch.bool)
-        dropped[list(narrowing.kept)] = False
+        dropped = _dropped(narrowing)
         for port in narrowing.channels.consumers:
             if port.layer == layer:
                 gone |= dropped.repeat_interleave(port.inner)
         if layer in narrowing.channels.between and len(dropped) == total:
             gone |= dropped
     return torch.nonzero(~gone)[:, 0]
+
+
+def _dropped(narrowing: Narrowing) -> Tensor:
+    """Which channels of a set are gone."""
+    dropped = torch.ones(narrowing.channels.size, dtype=torch.bool)
+    dropped[list(narrowing.kept)] = False
+    return dropped
 
 
 def rebuild_(student: nn.Module, model: nn.Module, plan: Plan, moments: Mapping[str, Moment]) -> None:

@@ -24,7 +24,7 @@ from rankfold.decompositions import wiring_of
 from rankfold.decompositions.interpolative import Elimination, eliminate, entries, interpolation_error
 from rankfold.decompositions.metric import IDENTITY, Moment
 from rankfold.decompositions.wiring import LayerShape
-from rankfold.plan import ChannelSet, LayerSpec
+from rankfold.plan import INTERPOLATIVE, ChannelSet, LayerSpec
 from rankfold.search.candidates import pareto
 from rankfold.search.curves import Curve, FloatArray, IntArray
 
@@ -164,13 +164,13 @@ def units_of(sets: Sequence[ChannelSet], layers: Mapping[str, LayerSpec]) -> lis
 def unit_curve(sets: Sequence[Width], members: Sequence[Curve], units: Sequence[str]) -> UnitCurve:
     """All candidates of a unit that can be part of an optimal plan, as one curve."""
     places = {one.channels.name: k for k, one in enumerate(sets)}
-    table: dict[tuple[int, ...], _Front] = {(): _Front.empty(len(sets) + len(members), units)}
+    table: dict[tuple[int, ...], _Front] = {(): _Front.empty(len(sets) + len(members))}
     opened: list[int] = []
     for number, curve in enumerate(members):
         name = curve.layer.name
         sides = tuple(_sets_of(name, sets, side) for side in ("outputs", "inputs"))
         for place in dict.fromkeys(places[one.channels.name] for side in sides for one in side):
-            if place not in opened and not _seen(place, sets, members[:number]):
+            if not _touches(sets[place], members[:number]):
                 opened.append(place)
                 table = {
                     (*state, width): front.with_set(sets[place], place, width)
@@ -183,7 +183,7 @@ def unit_curve(sets: Sequence[Width], members: Sequence[Curve], units: Sequence[
             shape = curve.layer.shape.narrowed(*shares)
             grown[state] = front.with_layer(curve, shape, len(sets) + number, units)
         table = grown
-        for place in [one for one in opened if not _touches_later(sets[one], members[number + 1 :])]:
+        for place in [one for one in opened if not _touches(sets[one], members[number + 1 :])]:
             at = opened.index(place)
             opened.remove(place)
             merged: dict[tuple[int, ...], list[_Front]] = {}
@@ -203,7 +203,7 @@ class _Front:
     choices: IntArray
 
     @classmethod
-    def empty(cls, size: int, units: Sequence[str]) -> _Front:
+    def empty(cls, size: int) -> _Front:
         """Nothing chosen, at no cost."""
         zero = np.zeros(1, dtype=np.int64)
         return cls(np.zeros(1), dict.fromkeys(UNITS, zero), np.full((1, size), -1, dtype=np.int64))
@@ -272,8 +272,8 @@ def _as_curve(front: _Front, sets: Sequence[Width], members: Sequence[Curve], un
     name = sets[0].channels.name
     return UnitCurve(
         replace(first, name=f"unit of {name}"),
-        tuple(dict.fromkeys([*(name for one in members for name in one.tried), "interpolative"])),
-        (None, *["interpolative"] * len(others)),
+        tuple(dict.fromkeys([*(name for one in members for name in one.tried), INTERPOLATIVE])),
+        (None, *[INTERPOLATIVE] * len(others)),
         ((), *(_label(row, sets) for row in choices[1:])),
         errors,
         costs,
@@ -332,11 +332,7 @@ def _touched(one: ChannelSet, layers: Mapping[str, LayerSpec]) -> set[str]:
     return {*one.layers, *(name for name in one.between if name in layers)}
 
 
-def _touches_later(one: Width, members: Sequence[Curve]) -> bool:
+def _touches(one: Width, members: Sequence[Curve]) -> bool:
+    """Whether some of these layers make a set's channels, read them, or work on them."""
     names = {*one.channels.layers, *one.channels.between}
     return any(curve.layer.name in names for curve in members)
-
-
-def _seen(place: int, sets: Sequence[Width], earlier: Sequence[Curve]) -> bool:
-    """Whether a set was opened with an earlier layer."""
-    return _touches_later(sets[place], earlier)
