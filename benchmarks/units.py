@@ -1,10 +1,10 @@
 """Interpolative units: accuracy, perplexity and speed of networks with fewer channels, without labels or training.
 
 ImageNet networks are calibrated on 500 unlabelled validation images and scored on 1,500 others; ResNet-20 on 512
-training images and the CIFAR-10 test images; a language model on 64 blocks of 512 tokens of WikiText-2's validation
+training images and the CIFAR-10 test images; a language model on 128 blocks of 512 tokens of WikiText-2's validation
 text, scored by perplexity on 12 evenly spaced blocks of 1,024 of its test text. `--only CASE` runs some cases, a case
-being MODEL:DECOMPOSITIONS:BUDGET; `--speed` measures latencies instead, in turns with the original and with low rank.
-`--language FOLDER` is the language model's.
+being MODEL:DECOMPOSITIONS:BUDGET, with `:synthetic` behind it on inputs made from the network; `--speed` measures
+latencies instead, in turns with the original and with low rank. `--language FOLDER` is the language model's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ CASES = (
     *(f"mobilenet_v2:interpolative:{budget}" for budget in (0.9, 0.8, 0.7, 0.5)),
     *(f"deit_tiny:svd,interpolative:{budget}" for budget in (0.9, 0.8, 0.7, 0.5)),
     *(f"resnet50:svd,interpolative:{budget}" for budget in (0.9, 0.8, 0.7, 0.5)),
-    *(f"cifar10_resnet20:cp3,interpolative:{budget}" for budget in (0.5, 0.3, 0.2)),
+    *(f"cifar10_resnet20:auto:{budget}" for budget in (0.5, 0.3, 0.2)),
+    *(f"{network}:0.8:synthetic" for network in ("mobilenet_v2:interpolative", "resnet50:svd,interpolative")),
     "smollm2:interpolative:0.8",
 )
 BATCH = 10
@@ -64,15 +65,15 @@ def images(folder: Path, name: str, count: int) -> tuple[Any, list[Tensor]]:
 
 def of_images(folder: Path, case: str, count: int, report: Callable[..., None]) -> dict[str, Any]:
     """The record of a network of images."""
-    name, decomposition, budget = case.split(":")
+    name, decomposition, budget, *synthetic = case.split(":")
     source = opened(folder, name)
     scored, batches = images(folder, name, count)
     result = compress(
         source.model,
         torch.zeros(1, *batches[0].shape[1:]),
-        decomposition=decomposition.split(","),
+        decomposition=decomposition.split(",") if "," in decomposition else decomposition,
         budget=Budget(macs=float(budget)),
-        calibration=batches,
+        calibration="synthetic" if synthetic else batches,
         progress=report,
     )
     base, found = accuracy(source.model, scored), accuracy(result.model, scored)
@@ -86,7 +87,8 @@ def of_images(folder: Path, case: str, count: int, report: Callable[..., None]) 
         data="CIFAR-10 test" if "cifar" in name else "ImageNet validation",
         budget=float(budget),
         lost=round(base.top1 - found.top1, 2),
-        calibration_samples=sum(map(len, batches)),
+        calibration=result.plan.settings["calibration"],
+        calibration_samples=result.plan.settings["calibration_samples"],
         narrowed=len(result.plan.narrowings),
         decomposed=len(result.plan.decomposed),
         peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
@@ -103,10 +105,10 @@ def of_language(folder: Path, case: str, text: Path, report: Callable[..., None]
     parts = [
         tokenizer((text / f"{one}.txt").read_text(), return_tensors="pt").input_ids[0] for one in ("valid", "test")
     ]
-    known, tested = parts[0][: 64 * 512].view(64, 512), blocks(parts[1], 1024, 12)
+    known, tested = parts[0][: 128 * 512].view(128, 512), blocks(parts[1], 1024, 12)
     whole = sum(one.numel() for one in model.parameters())
     outside = model.get_input_embeddings().weight.numel()
-    inputs = [{"input_ids": known[k : k + 4], "use_cache": False} for k in range(0, 64, 4)]
+    inputs = [{"input_ids": known[k : k + 4], "use_cache": False} for k in range(0, 128, 4)]
     limit = int(outside + float(budget) * (whole - outside))
     result = compress(
         model,
@@ -114,6 +116,7 @@ def of_language(folder: Path, case: str, text: Path, report: Callable[..., None]
         decomposition=decomposition.split(","),
         budget=Budget(params=limit),
         calibration=inputs,
+        sequential=False,
         progress=report,
     )
     return record(
@@ -129,8 +132,8 @@ def of_language(folder: Path, case: str, text: Path, report: Callable[..., None]
 
 
 def blocks(tokens: Tensor, length: int, count: int) -> Tensor:
-    """Evenly spaced blocks of tokens."""
-    starts = torch.linspace(0, len(tokens) // length - 1, count).round().long() * length
+    """Evenly spaced blocks of tokens, from the first to the last."""
+    starts = torch.linspace(0, len(tokens) - length, count).long()
     return torch.stack([tokens[start : start + length] for start in starts.tolist()])
 
 
@@ -192,7 +195,7 @@ def keep(records: Sequence[dict[str, Any]]) -> None:
 def main() -> None:
     """All cases, or some; each is written down once it is done."""
     arguments = parser(__doc__ or "")
-    arguments.add_argument("--only", action="append", help="MODEL:DECOMPOSITIONS:BUDGET (repeatable)")
+    arguments.add_argument("--only", action="append", help="MODEL:DECOMPOSITIONS:BUDGET[:synthetic] (repeatable)")
     arguments.add_argument("--images", type=int, default=500, help="calibration images of ImageNet networks")
     arguments.add_argument("--language", type=Path, help="folder of the language model")
     arguments.add_argument("--speed", action="store_true", help="measure latencies")

@@ -12,12 +12,9 @@ from blocks import BLOCKS, Bottleneck, built, images  # type: ignore[import-not-
 from torch import nn
 
 from rankfold import Budget, PlanError, UnknownNameError, compress, load, save
-from rankfold.calibration.moments import calibrate
 from rankfold.calibration.walks import walking
 from rankfold.evaluation import accuracy
-from rankfold.network.finding import find_layers
-from rankfold.network.passes import run
-from rankfold.network.surgery import apply_plan
+from rankfold.network.passes import parted, run
 from rankfold.plan import Plan
 from rankfold.sources.data import Dataset, Normalisation, open_dataset
 from rankfold.training import Training, fine_tune
@@ -45,12 +42,15 @@ def test_saved_and_loaded(name: str, calibration: str, tmp_path: Path) -> None:
 def test_forward_order_helps(name: str) -> None:
     """Where no batch norm follows, whose variance is kept up at the price of a larger error; else it is taken back."""
     model, _ = built(name)
-    x = BLOCKS[name][1](192)
-    result = compress(model, x[:1], decomposition="interpolative", budget=Budget(macs=0.7), calibration=[x])
-    layers = find_layers(model, x[:1])
-    apart, _ = apply_plan(model, result.plan, moments=calibrate(model, layers.found, [x]).moments)
+    x = BLOCKS[name][1](400)
+    ordered, apart = (
+        compress(
+            model, x[:1], decomposition="interpolative", budget=Budget(macs=0.7), calibration=[x], sequential=sequential
+        ).model
+        for sequential in (True, False)
+    )
     with torch.no_grad():
-        assert distance(result.model(x), model(x)) <= distance(apart(x), model(x))
+        assert distance(ordered(x), model(x)) <= distance(apart(x), model(x))
 
 
 def test_inputs_tell_what_to_keep() -> None:
@@ -106,6 +106,15 @@ def test_widths_with_ranks_inside_are_trained(tmp_path: Path) -> None:
     assert trained.epochs[-1].loss < 0.9 * trained.epochs[0].loss
     save(trained.model, result.plan, tmp_path / "trained")
     assert torch.equal(load(tmp_path / "trained", Bottleneck())(x), trained.model.eval()(x))
+
+
+def test_inputs_are_held_back_in_part() -> None:
+    """The last examples of all batches, a batch cut in two where they end in it; none of too few."""
+    batches = [{"x": torch.arange(k, k + 5)} for k in (0, 5, 10)]
+    kept, held = parted(batches, 2, 7)
+    assert torch.equal(torch.cat([one["x"] for one in kept]), torch.arange(8))
+    assert [one["x"].tolist() for one in held] == [[8, 9], [10, 11, 12, 13, 14]]
+    assert parted(batches[:1], 6, 7) == (batches[:1], [])
 
 
 def test_passes_wait_and_go_on() -> None:

@@ -20,7 +20,7 @@ from rankfold.network.copies import duplicate, unwrapped
 from rankfold.network.costs import cost_of
 from rankfold.network.finding import Layers, find_layers
 from rankfold.network.opening import opened
-from rankfold.network.passes import Inputs
+from rankfold.network.passes import Inputs, parted
 from rankfold.network.rehearsal import verified
 from rankfold.network.surgery import apply_plan
 from rankfold.plan import KNOWN_PLAN, Plan
@@ -28,8 +28,12 @@ from rankfold.planning import Decompositions, Task, assign, feasible_plan, measu
 from rankfold.progress import Progress, silent
 from rankfold.search import Search
 from rankfold.search.trace import Trace
-from rankfold.units import about_means, better, held_back, hidden_channels, measure_widths, with_metric, with_prices
+from rankfold.units import about_means, better, hidden_channels, measure_widths, with_metric, with_prices
 
+HELD_SHARE = 4
+"""Of how many calibration inputs one is held back from the moments where errors are priced on the network."""
+HELD_MOST = 64
+"""How many are held back at most."""
 FEWEST = 256
 """Calibration inputs from which on a network that lost channels keeps fits in forward order; fewer overfit."""
 APART = "layer by layer: in forward order there are too few inputs, or it agreed with the original less often"
@@ -120,14 +124,16 @@ def compress(
         calibration,
         samples=calibration_samples,
         budget=budget,
+        hold=bool(sets.found),
         progress=progress,
     )
     curves = measure(whole.model, layers, choices, units=budget.units, moments=known.moments, progress=progress)
-    in_order = sequential and bool(known.inputs) and not math.isfinite(budget.largest_error)
+    summed = bool(known.inputs) and not math.isfinite(budget.largest_error)
+    in_order = sequential and summed
     ordering, rebuilding = about_means(whole.model, example_inputs, known.moments, sets.found, in_order=in_order)
     widths, layers = measure_widths(whole.model, layers, sets, align=align, moments=ordering, progress=progress)
     power = 1.0
-    if widths and in_order:
+    if widths and summed:
         curves, widths, power = with_prices(whole.model, curves, widths, known, progress)
     task = Task(model, example_inputs, whole, budget, placed(search, whole.model), before, include is not None, power)
     found = feasible_plan(task, layers, curves, widths, progress=progress)
@@ -140,9 +146,8 @@ def compress(
         plan = replace(plan, settings={**plan.settings, "fitted": APART})
     elif in_order:
         apart = (duplicate(student), plan) if plan.narrowings else None
-        fitted, held = held_back(known.inputs) if apart else (known.inputs, ())
-        plan = refit_(student, whole.model, plan, fitted, moments=known.moments, progress=progress)
-        if apart and not better(whole.model, apart[0], student, held):
+        plan = refit_(student, whole.model, plan, known.inputs, moments=known.moments, progress=progress)
+        if apart and not better(whole.model, apart[0], student, known.held or list(known.inputs)):
             student, plan = apart[0], replace(apart[1], settings={**plan.settings, "fitted": APART})
     plan = verified(model, student, plan, example_inputs)
     setattr(student, KNOWN_PLAN, plan)
@@ -157,9 +162,13 @@ def calibrated(
     *,
     samples: int | None,
     budget: Budget,
+    hold: bool,
     progress: Progress,
 ) -> Calibration:
-    """The moments that `compress` is asked to go by; without any where errors are those of the weights."""
+    """The moments that `compress` is asked to go by; without any where errors are those of the weights.
+
+    With `hold` some of the inputs are held back from them.
+    """
     if isinstance(given, Calibration):
         return given
     reason = "asked for"
@@ -172,13 +181,15 @@ def calibrated(
         given, reason = advice(model, example_inputs)
     if given is None or given == "none":
         return Calibration({}, {}, 0, "none", reason)
+    source = "synthetic inputs" if given == "synthetic" else "given inputs"
     if given == "synthetic":
         given = synthetic_like(model, example_inputs, samples, progress=progress)
-        return calibrate(model, layers.found, given, source="synthetic inputs", reason=reason, progress=progress)
-    if isinstance(given, str):
+    elif isinstance(given, str):
         raise UnknownNameError("calibration", given, ("auto", "none", "synthetic"))
     batches = list(given) if isinstance(given, Iterator) else given  # the fits go over them again
-    return calibrate(model, layers.found, batches, reason=reason, progress=progress)
+    batches, held = parted(batches, HELD_SHARE, HELD_MOST) if hold else (batches, [])
+    known = calibrate(model, layers.found, batches, source=source, reason=reason, progress=progress)
+    return replace(known, held=held)
 
 
 def _provenance(known: Calibration, in_order: bool) -> dict[str, Any]:

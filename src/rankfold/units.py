@@ -28,7 +28,7 @@ from rankfold.search.prices import POWER, priced
 from rankfold.search.units import WIDTHS, UnitCurve, Width, cost_at, measure_width, unit_curve, units_of
 
 EXAMPLES = 32
-"""Calibration inputs on which errors are priced, at most."""
+"""Inputs on which errors are priced, at most."""
 ENTRIES = 2**26
 """Entries of their outputs, at most, but for two inputs: language models give a logit per token and word."""
 
@@ -99,22 +99,17 @@ def with_prices(
 ) -> tuple[tuple[Curve, ...], tuple[Width, ...], float]:
     """The curves and widths with what their errors cost the network, and the power to which errors are then summed.
 
-    It is measured on a few of the calibration inputs. Where outputs cannot be compared (their number depends on what is
-    in them), relative errors are summed as they are.
+    It is measured on inputs that are held back from the moments, if there are any: errors on inputs that the moments
+    have seen look the smaller, the fewer they are. Where outputs cannot be compared (their number depends on what is in
+    them), relative errors are summed as they are.
     """
+    inputs = known.held or known.inputs
     try:
-        (one,) = few(known.inputs, 1)
+        (one,) = few(inputs, 1)
         count = max(2, min(EXAMPLES, ENTRIES // output_of(run(model, one)).numel()))
-        return *priced(model, curves, widths, known.moments, few(known.inputs, count), progress=progress), POWER
+        return *priced(model, curves, widths, known.moments, few(inputs, count), progress=progress), POWER
     except ModelError:
         return tuple(curves), tuple(widths), 1.0
-
-
-def held_back(batches: Iterable[Inputs]) -> tuple[list[Inputs], list[Inputs]]:
-    """The batches that layers are fitted to in forward order, and an eighth that is held back; all, if there is one."""
-    everything = list(batches)
-    count = max(1, len(everything) // 8)
-    return (everything[:-count], everything[-count:]) if len(everything) > 1 else (everything, everything)
 
 
 def better(model: nn.Module, apart: nn.Module, ordered: nn.Module, batches: Sequence[Inputs]) -> bool:

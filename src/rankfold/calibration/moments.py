@@ -38,7 +38,9 @@ LARGEST_SKETCH = 1024
 UNSEEN = 0.1
 """Share of the mean over experts that is added to the moment of each: one that saw no inputs has some metric then."""
 ENOUGH = 2**15
-"""Patches of a layer that are looked at in any case, where there are so many."""
+"""Patches of a convolution that are looked at in any case, where there are so many: neighbours overlap."""
+ENOUGH_ROWS = 2**17
+"""Inputs of a Linear that are: no two tokens are alike."""
 PER_ENTRY = 16
 """Patches that are looked at for each of their entries."""
 _CHUNK = 2**24
@@ -50,6 +52,7 @@ class Calibration:
     """Moments by layer name, why layers have none, how many batches of which source they are from, and why that one.
 
     `inputs` are the batches themselves, empty where they were used up by measuring; `samples` counts what is in them.
+    `held` are others, on which what was made by the moments is judged.
     """
 
     moments: Mapping[str, Moment]
@@ -59,6 +62,7 @@ class Calibration:
     reason: str = "asked for"
     samples: int = 0
     inputs: Iterable[Inputs] = field(default=(), repr=False)
+    held: Sequence[Inputs] = field(default=(), repr=False)
 
 
 def calibrate(
@@ -271,14 +275,15 @@ def _spread(module: nn.Module, x: Tensor) -> Tensor:
 def thinning_of(module: nn.Module, output: Tensor, number: int, batches: int) -> slice:
     """Which rows of an output of a layer, or positions of a Linear's, are looked at in one of so many batches.
 
-    As many as there is need for: patches are much alike, and some times as many as they have entries tell their
-    moment. The first row is another one in every batch.
+    As many as there is need for: some times as many as they have entries tell their moment. The first row is another
+    one in every batch.
     """
     axes, shape = known_kind(module).axes, shape_of(module)
     columns = shape.params // max(shape.groups * shape.outputs, 1)
     positions = output[..., 0].numel() if axes == 0 else output.numel() // output.shape[output.ndim - 1 - axes]
     rows = positions if axes == 0 else output.shape[-axes]
-    step = min(positions * batches // max(ENOUGH, PER_ENTRY * columns), rows)
+    enough = max(ENOUGH if axes else ENOUGH_ROWS, PER_ENTRY * columns)
+    step = min(positions * batches // enough, rows)
     return slice(number % step, None, step) if step > 1 else slice(None)
 
 

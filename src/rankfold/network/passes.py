@@ -40,21 +40,41 @@ def few(batches: Iterable[Inputs], count: int) -> list[Inputs]:
     """The first examples of some batches, `count` of them or a few more."""
     found: list[Inputs] = []
     for batch in batches:
-        sizes = {len(one) for one in tensors_in(batch) if one.ndim}
-        size = sizes.pop() if len(sizes) == 1 else 1
-        found.append(_first(batch, count) if size > count and not sizes else batch)
+        size = examples_in(batch)
+        found.append(_part(batch, slice(count)) if size > count else batch)
         count -= size
         if count <= 0:
             break
     return found
 
 
-def _first(inputs: Inputs, count: int) -> Inputs:
+def parted(batches: Iterable[Inputs], share: int, most: int) -> tuple[list[Inputs], list[Inputs]]:
+    """Batches without their last examples, and these: one of every `share`, `most` at most."""
+    kept, ending = list(batches), list[Inputs]()
+    count = min(sum(map(examples_in, kept)) // share, most)
+    while count > 0:
+        batch = kept.pop()
+        size = examples_in(batch)
+        if size > count:
+            kept.append(_part(batch, slice(size - count)))
+            batch = _part(batch, slice(size - count, None))
+        ending.insert(0, batch)
+        count -= size
+    return kept, ending
+
+
+def examples_in(inputs: Inputs) -> int:
+    """How many examples a batch holds, where all its tensors agree on it; else one."""
+    sizes = {len(one) for one in tensors_in(inputs) if one.ndim}
+    return sizes.pop() if len(sizes) == 1 else 1
+
+
+def _part(inputs: Inputs, examples: slice) -> Inputs:
     if isinstance(inputs, Tensor):
-        return inputs[:count] if inputs.ndim else inputs
+        return inputs[examples] if inputs.ndim else inputs
     if isinstance(inputs, Mapping):
-        return {name: _first(value, count) for name, value in inputs.items()}
-    return type(inputs)(_first(one, count) for one in inputs) if type(inputs) in (tuple, list) else inputs
+        return {name: _part(value, examples) for name, value in inputs.items()}
+    return type(inputs)(_part(one, examples) for one in inputs) if type(inputs) in (tuple, list) else inputs
 
 
 def copied(inputs: Inputs) -> Inputs:
