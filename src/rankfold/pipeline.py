@@ -30,7 +30,7 @@ from rankfold.search import Search
 from rankfold.search.trace import Trace
 from rankfold.units import about_means, better, hidden_channels, measure_widths, with_metric, with_prices
 
-HELD_SHARE = 4
+HELD_SHARE = 8
 """Of how many calibration inputs one is held back from the moments where errors are priced on the network."""
 HELD_MOST = 64
 """How many are held back at most."""
@@ -132,12 +132,15 @@ def compress(
     in_order = sequential and summed
     ordering, rebuilding = about_means(whole.model, example_inputs, known.moments, sets.found, in_order=in_order)
     widths, layers = measure_widths(whole.model, layers, sets, align=align, moments=ordering, progress=progress)
-    power = 1.0
     if widths and summed:
-        curves, widths, power = with_prices(whole.model, curves, widths, known, progress)
-    task = Task(model, example_inputs, whole, budget, placed(search, whole.model), before, include is not None, power)
+        curves, widths = with_prices(whole.model, curves, widths, known, progress)
+    task = Task(model, example_inputs, whole, budget, placed(search, whole.model), before, include is not None)
     found = feasible_plan(task, layers, curves, widths, progress=progress)
-    settings = {**_provenance(known, in_order), "decomposition": _as_json(decomposition)}
+    settings = {
+        **_provenance(known, in_order),
+        "priced": any(one.price.errors for one in widths),
+        "decomposition": _as_json(decomposition),
+    }
     plan = replace(found.plan, settings={**found.plan.settings, **settings})
     student, plan = apply_plan(
         model, plan, factors=found.factors, moments=known.moments, rebuilding=rebuilding, progress=progress

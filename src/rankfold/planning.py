@@ -47,8 +47,7 @@ class Found:
 class Task:
     """What a plan is sought for: a network on example inputs, as it is and opened, and a budget.
 
-    `whole_choice` says that the user named the layers, embeddings among them or not; `power` to what power errors are
-    summed.
+    `whole_choice` says that the user named the layers, embeddings among them or not.
     """
 
     model: nn.Module
@@ -58,7 +57,6 @@ class Task:
     search: str | Search
     before: Cost
     whole_choice: bool
-    power: float = 1.0
 
 
 def feasible_plan(
@@ -89,7 +87,6 @@ def feasible_plan(
                 task.before,
                 budget=task.budget,
                 search=task.search,
-                power=task.power,
                 progress=progress,
             )
         except BudgetError as error:
@@ -202,7 +199,6 @@ def search_plan(
     *,
     budget: Budget,
     search: str | Search = "exact",
-    power: float = 1.0,
     progress: Progress = silent,
 ) -> Found:
     """What a search finds within the budget; raises BudgetError where there is no plan.
@@ -210,7 +206,7 @@ def search_plan(
     Where the budget limits the error, every chosen candidate is fitted before it is relied on.
     """
     progress("searching ranks", 0, 1)
-    problem = replace(pose(curves, before, budget), power=power)
+    problem = pose(curves, before, budget)
     find = known_search(search) if isinstance(search, str) else search
     selection = settle(problem, find, progress)
     progress("searching ranks", 1, 1)
@@ -228,7 +224,6 @@ def search_plan(
         "search": search if isinstance(search, str) else repr(search),
         "budget": dict(budget.given),
         "minimised": problem.minimise,
-        **({"priced_to_the_power_of": problem.power} if problem.power != 1 else {}),
         "objective": selection.objective,
         "bound": selection.bound,
     }

@@ -15,22 +15,23 @@ from rankfold.decompositions.metric import Moment
 from rankfold.decompositions.wiring import LayerShape
 from rankfold.errors import ModelError
 from rankfold.network.channels import Channels, find_channels
+from rankfold.network.costs import cost_of
 from rankfold.network.finding import Layers
 from rankfold.network.kinds import weight_of, weight_shape
 from rankfold.network.narrowing import tried
-from rankfold.network.passes import Inputs, few, output_of, run
+from rankfold.network.passes import Inputs, few, run
 from rankfold.network.tracing import followed
 from rankfold.plan import INTERPOLATIVE, ChannelSet, LayerPlan, Narrowing, channels_named
 from rankfold.progress import Progress, silent
 from rankfold.search.curves import Curve, subset
 from rankfold.search.network_objectives import agreement
-from rankfold.search.prices import POWER, priced
+from rankfold.search.prices import priced
 from rankfold.search.units import WIDTHS, UnitCurve, Width, cost_at, measure_width, unit_curve, units_of
 
 EXAMPLES = 32
 """Inputs on which errors are priced, at most."""
-ENTRIES = 2**26
-"""Entries of their outputs, at most, but for two inputs: language models give a logit per token and word."""
+WORK = 2**36
+"""MACs of a pass over them, at most, but for two inputs."""
 
 
 def hidden_channels(model: nn.Module, inputs: Inputs, layers: Layers, choices: Mapping[str, Sequence[str]]) -> Channels:
@@ -96,8 +97,8 @@ def measure_widths(
 
 def with_prices(
     model: nn.Module, curves: Sequence[Curve], widths: Sequence[Width], known: Calibration, progress: Progress = silent
-) -> tuple[tuple[Curve, ...], tuple[Width, ...], float]:
-    """The curves and widths with what their errors cost the network, and the power to which errors are then summed.
+) -> tuple[tuple[Curve, ...], tuple[Width, ...]]:
+    """The curves and widths with what their errors cost the network.
 
     It is measured on inputs that are held back from the moments, if there are any: errors on inputs that the moments
     have seen look the smaller, the fewer they are. Where outputs cannot be compared (their number depends on what is in
@@ -106,10 +107,10 @@ def with_prices(
     inputs = known.held or known.inputs
     try:
         (one,) = few(inputs, 1)
-        count = max(2, min(EXAMPLES, ENTRIES // output_of(run(model, one)).numel()))
-        return *priced(model, curves, widths, known.moments, few(inputs, count), progress=progress), POWER
+        count = max(2, min(EXAMPLES, WORK // max(cost_of(model, one).macs, 1)))
+        return priced(model, curves, widths, known.moments, few(inputs, count), progress=progress)
     except ModelError:
-        return tuple(curves), tuple(widths), 1.0
+        return tuple(curves), tuple(widths)
 
 
 def better(model: nn.Module, apart: nn.Module, ordered: nn.Module, batches: Sequence[Inputs]) -> bool:

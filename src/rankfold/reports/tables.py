@@ -75,8 +75,8 @@ def compression(result: Result, out: Path) -> RenderableType:
     proof = f"; no plan within the budget is below {bound:.4g}" if bound is not None else ""
     minimised = result.plan.settings.get("minimised", "error")
     what = "sum of squared relative errors predicted" if minimised == "error" else f"{minimised} kept in these layers"
-    if power := result.plan.settings.get("priced_to_the_power_of"):
-        what = f"sum of errors times what they cost the output, to the power of {power:g}, predicted"
+    if result.plan.settings.get("priced"):
+        what = "sum of what errors cost the output predicted"
     notes = [
         totals(result.before, result.after),
         Text(f"{what} {objective:.4g}{proof}", "dim"),

@@ -49,6 +49,35 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class Price:
+    """What errors cost the network, from what some were found to: `losses` at rising `errors`; without any, as much.
+
+    Between those found and beyond them it goes by a power of the error, of `SLOPES` alone; below the first it is in
+    proportion.
+    """
+
+    errors: tuple[float, ...] = ()
+    losses: tuple[float, ...] = ()
+
+    def of(self, errors: FloatArray) -> FloatArray:
+        """The loss at each of some errors; zero at zero."""
+        if not self.errors:
+            return errors
+        known, losses = np.log(self.errors), np.log(self.losses)
+        slopes = np.clip(np.diff(losses) / np.diff(known), *SLOPES)
+        at = np.log(np.maximum(errors, 1e-300))
+        found = losses[0] + np.minimum(at - known[0], 0.0)
+        for k, slope in enumerate(slopes):
+            end = known[k + 1] if k + 1 < len(slopes) else np.inf
+            found += slope * (np.clip(at, known[k], end) - known[k])
+        return np.where(errors > 0, np.exp(found), 0.0)
+
+
+SLOPES = (0.5, 3.0)
+"""Powers of errors by which losses are taken to rise."""
+
+
+@dataclass(frozen=True)
 class Curve:
     """A layer's candidates, cheapest last; the first is always the layer as it is, at error zero.
 
@@ -57,8 +86,8 @@ class Curve:
     `closed[k]` is the error before any fit, which `errors` equals where none is needed; elsewhere it is scaled by what
     the `fits` of the same family reached. Errors are in the metric of `moment`, in which every candidate is fitted.
     `weight` is the weight that was measured, None where the errors are given and final. `exact` is the expansion of a
-    matrix in its metric, from which the best factors of any rank are read off. `price` is what an error of one costs
-    the network, where it is known, beside those of other curves.
+    matrix in its metric, from which the best factors of any rank are read off. `price` is what errors cost the
+    network, beside those of other curves.
     """
 
     layer: LayerSpec
@@ -72,7 +101,7 @@ class Curve:
     weight: Float[Tensor, "g o i *taps"] | None = None
     moment: Moment = IDENTITY
     exact: Expansion | None = field(default=None, compare=False, repr=False)
-    price: float = 1.0
+    price: Price = Price()
 
     def __len__(self) -> int:
         return len(self.errors)

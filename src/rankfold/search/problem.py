@@ -29,7 +29,7 @@ class Problem:
 
     `limits` are those on the cost of the whole network, by unit; `error` is that on the sum of the curves' errors;
     `fixed` is what everything outside the curves costs; `original` what the network costs now. What is minimised is
-    the error, or a unit of cost. Errors count by their prices, to a `power`.
+    the error, or a unit of cost. Errors count by their prices.
     """
 
     curves: tuple[Curve, ...]
@@ -38,7 +38,6 @@ class Problem:
     original: Cost
     error: float = math.inf
     minimise: str = ERROR
-    power: float = 1.0
 
     @property
     def starts(self) -> int:
@@ -57,7 +56,7 @@ class Problem:
     def values(self, curve: Curve) -> FloatArray:
         """What each candidate adds to the objective: its error, or its cost as a share of the network's."""
         if self.minimise == ERROR:
-            return (curve.price * curve.errors) ** self.power
+            return curve.price.of(curve.errors)
         return self.amounts(curve, self.minimise) / max(getattr(self.original, self.minimise), 1)
 
     def room(self, what: str) -> int | float:

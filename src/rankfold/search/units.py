@@ -26,7 +26,7 @@ from rankfold.decompositions.metric import IDENTITY, Moment
 from rankfold.decompositions.wiring import LayerShape
 from rankfold.plan import INTERPOLATIVE, ChannelSet, LayerSpec
 from rankfold.search.candidates import pareto
-from rankfold.search.curves import Curve, FloatArray, IntArray
+from rankfold.search.curves import Curve, FloatArray, IntArray, Price
 
 WIDTHS = 24
 """Widths of a channel set that are candidates, at most; fewer where a unit has many sets."""
@@ -46,15 +46,15 @@ LARGEST_IDENTITY = 4608
 class Width:
     """A channel set with the order in which its channels go, and the error at the outputs of what reads them.
 
-    `errors[k]` is the error with `widths[k]` channels; the first width is the whole. `price` is what an error of one
-    costs the network.
+    `errors[k]` is the error with `widths[k]` channels; the first width is the whole. `price` is what errors cost the
+    network.
     """
 
     channels: ChannelSet
     elimination: Elimination
     widths: tuple[int, ...]
     errors: tuple[float, ...]
-    price: float = 1.0
+    price: Price = field(default_factory=Price)
 
 
 @dataclass(frozen=True)
@@ -223,19 +223,19 @@ class _Front:
         costs = {unit: self.costs[unit] + getattr(one.channels.through, unit) * kept // size for unit in UNITS}
         choices = self.choices.copy()
         choices[:, place] = width
-        return _Front(self.errors + one.price * one.errors[width], costs, choices)
+        return _Front(self.errors + one.price.of(np.array(one.errors[width])), costs, choices)
 
     def with_layer(self, curve: Curve, shape: LayerShape, place: int, units: Sequence[str]) -> _Front:
         """The candidates with every form of a layer, at the size that it has between the chosen widths."""
         forms = np.unique(np.linspace(0, len(curve) - 1, min(FORMS, len(curve))).round().astype(np.int64))
         own: dict[str, list[int]] = {unit: [] for unit in UNITS}
-        errors, kept = [], []
+        errors, kept, losses = [], [], curve.price.of(curve.errors)
         dense = curve.layer.cost(shape.params, shape.macs)
         for form in forms:
             cost = dense if form == 0 else cost_at(curve, int(form), shape)
             if form and not _smaller(cost, dense, units):
                 continue
-            errors.append(curve.price * float(curve.errors[form]))
+            errors.append(losses[form])
             kept.append(int(form))
             for unit in UNITS:
                 own[unit].append(getattr(cost, unit))
