@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,12 @@ from rankfold.progress import Progress, silent
 from rankfold.sources.data import Dataset
 
 
+BATCH = 250
+"""Examples that go through a network together, at most."""
+VALUES = 2**21
+"""Values of their inputs: activations of large batches of large images are slower to make room for than to compute."""
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """Top-1 and top-5 in percent, over `examples` labelled inputs."""
@@ -26,12 +33,18 @@ class Accuracy:
 
 
 def accuracy(
-    model: nn.Module, dataset: Dataset, *, batch_size: int = 250, progress: Progress = silent, what: str = "evaluating"
+    model: nn.Module,
+    dataset: Dataset,
+    *,
+    batch_size: int | None = None,
+    progress: Progress = silent,
+    what: str = "evaluating",
 ) -> Accuracy:
     """How often the right class is the model's first, and among its first five, on a labelled dataset.
 
-    The model must return logits of shape (n, classes). Raises DataError where the data do not fit it.
+    Batches are of `batch_size`, or else of up to `BATCH` examples with `VALUES` values together. The model must return logits of shape (n, classes). Raises DataError where the data do not fit it.
     """
+    batch_size = batch_size or max(1, min(BATCH, VALUES // max(math.prod(dataset.input_shape), 1)))
     first = fifth = 0
     device, dtype = next((p.device, p.dtype) for p in model.parameters() if p.is_floating_point())
     with evaluating(model), torch.no_grad():
