@@ -16,7 +16,6 @@ from rankfold.network.passes import Inputs, describe_inputs, evaluating, run
 from rankfold.progress import Progress, silent
 from rankfold.sources.data import Dataset
 
-
 BATCH = 250
 """Examples that go through a network together, at most."""
 VALUES = 2**21
@@ -42,7 +41,8 @@ def accuracy(
 ) -> Accuracy:
     """How often the right class is the model's first, and among its first five, on a labelled dataset.
 
-    Batches are of `batch_size`, or else of up to `BATCH` examples with `VALUES` values together. The model must return logits of shape (n, classes). Raises DataError where the data do not fit it.
+    Batches are of `batch_size`, or else of up to `BATCH` examples with `VALUES` values together. The model must return
+    logits of shape (n, classes). Raises DataError where the data do not fit it.
     """
     batch_size = batch_size or max(1, min(BATCH, VALUES // max(math.prod(dataset.input_shape), 1)))
     first = fifth = 0

@@ -20,7 +20,9 @@ def evaluate(
     weights: Annotated[Path | None, typer.Option(help="The original's weights, if they have moved.")] = None,
     mean: Annotated[str | None, typer.Option(help="Mean per channel of inputs in [0, 1]: 0.5,0.5,0.5.")] = None,
     std: Annotated[str | None, typer.Option(help="Standard deviation per channel of inputs in [0, 1].")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Inputs per batch.")] = 250,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Inputs per batch; by default up to 250, fewer of large ones.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Score a compressed model on labelled data, and time it against its original in one run."""
