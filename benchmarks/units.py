@@ -14,6 +14,7 @@ import json
 import math
 import resource
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from common import RESULTS, accuracy_record, network, parser, record, require_data, unlabelled, write
 from torch import Tensor, nn
 
-from rankfold import Budget, Result, compress
+from rankfold import Budget, Result, compress, study
 from rankfold.evaluation import accuracy, latency
 from rankfold.sources.data import Normalisation, open_dataset
 from rankfold.sources.models import Source, build_model, load_weights_
@@ -58,41 +59,49 @@ def images(folder: Path, name: str, count: int) -> tuple[Any, list[Tensor]]:
             for part in ("calibration", "test")
         )
         chosen = known.sample(count)
-        return scored, [chosen.batch(k, min(k + BATCH, count))[0] for k in range(0, count, BATCH)]
+        batches = (chosen.batch(k, min(k + BATCH, count))[0] for k in range(0, count, BATCH))
+    return scored, [one.contiguous(memory_format=torch.channels_last) for one in batches]
     source, scored = network(folder, name, name, "cifar10/test.npz")
     return scored, unlabelled(folder, source, "cifar10/train.npz")
 
 
-def of_images(folder: Path, case: str, count: int, report: Callable[..., None]) -> dict[str, Any]:
-    """The record of a network of images."""
-    name, decomposition, budget, *synthetic = case.split(":")
-    source = opened(folder, name)
+def of_images(folder: Path, cases: Sequence[str], count: int, report: Callable[..., None]) -> None:
+    """Writes the records of a network of images at several budgets, which are all made of one study of it."""
+    name, decomposition, budget, *synthetic = cases[0].split(":")
+    model: Any = opened(folder, name).model
+    model.to(memory_format=torch.channels_last)
     scored, batches = images(folder, name, count)
-    result = compress(
-        source.model,
+    studied = study(
+        model,
         torch.zeros(1, *batches[0].shape[1:]),
         decomposition=decomposition.split(",") if "," in decomposition else decomposition,
         budget=Budget(macs=float(budget)),
         calibration="synthetic" if synthetic else batches,
         progress=report,
     )
-    base, found = accuracy(source.model, scored), accuracy(result.model, scored)
-    return accuracy_record(
-        decomposition,
-        result,
-        found,
-        base,
-        case=case,
-        model=name,
-        data="CIFAR-10 test" if "cifar" in name else "ImageNet validation",
-        budget=float(budget),
-        lost=round(base.top1 - found.top1, 2),
-        calibration=result.plan.settings["calibration"],
-        calibration_samples=result.plan.settings["calibration_samples"],
-        narrowed=len(result.plan.narrowings),
-        decomposed=len(result.plan.decomposed),
-        peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-    )
+    base = accuracy(model, scored)
+    for case in cases:
+        budget = case.split(":")[2]
+        result = studied.compress(Budget(macs=float(budget)), progress=report)
+        reached = accuracy(result.model, scored)
+        found = accuracy_record(
+            decomposition,
+            result,
+            reached,
+            base,
+            case=case,
+            model=name,
+            data="CIFAR-10 test" if "cifar" in name else "ImageNet validation",
+            budget=float(budget),
+            lost=round(base.top1 - reached.top1, 2),
+            calibration=result.plan.settings["calibration"],
+            calibration_samples=result.plan.settings["calibration_samples"],
+            fitted=result.plan.settings["fitted"],
+            narrowed=len(result.plan.narrowings),
+            decomposed=len(result.plan.decomposed),
+            peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        )
+        keep([found])
 
 
 def of_language(folder: Path, case: str, text: Path, report: Callable[..., None]) -> dict[str, Any]:
@@ -210,15 +219,19 @@ def main() -> None:
     if given.speed:
         keep(speeds(folder, min(given.images, 50), report))
         return
-    for case in given.only or CASES:
-        if case.startswith("smollm2"):
-            if given.language is None:
-                print(f"{case}: give the folder of the model with --language")
-                continue
-            found = of_language(given.language, case, folder / "wikitext2", report)
+    for (name, *_), cases in groupby(given.only or CASES, key=_studied):
+        if name != "smollm2":
+            of_images(folder, list(cases), given.images, report)
+        elif given.language is None:
+            print("the language model is left out; give its folder with --language")
         else:
-            found = of_images(folder, case, given.images, report)
-        keep([found])
+            keep([of_language(given.language, case, folder / "wikitext2", report) for case in cases])
+
+
+def _studied(case: str) -> tuple[str, ...]:
+    """What cases have in common that are made of one study."""
+    name, decomposition, _, *synthetic = case.split(":")
+    return (name, decomposition, *synthetic)
 
 
 if __name__ == "__main__":

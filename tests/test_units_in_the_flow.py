@@ -11,7 +11,7 @@ import torch
 from blocks import BLOCKS, Bottleneck, built, images  # type: ignore[import-not-found]
 from torch import nn
 
-from rankfold import Budget, PlanError, UnknownNameError, compress, load, save
+from rankfold import Budget, BudgetError, PlanError, UnknownNameError, compress, load, save, study
 from rankfold.calibration.walks import walking
 from rankfold.evaluation import accuracy
 from rankfold.network.passes import parted, run
@@ -63,6 +63,29 @@ def test_inputs_tell_what_to_keep() -> None:
         kept = compress(model, x[:1], decomposition="interpolative", budget=Budget(macs=0.8), calibration=[x])
         blind = compress(model, x[:1], decomposition="interpolative", budget=Budget(macs=0.8), calibration="none")
         assert distance(kept.model(x), model(x)) < 1e-3 < distance(blind.model(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["bottleneck", "swiglu"])
+def test_a_study_gives_what_compress_does(name: str) -> None:
+    """Networks of several sizes made of one study are those made one by one."""
+    model, x = built(name)
+    studied = study(model, x[:1], decomposition="auto", budget=Budget(macs=0.8), calibration=[x])
+    for budget in (Budget(macs=0.5), Budget(macs=0.8)):
+        one, other = (
+            studied.compress(budget),
+            compress(model, x[:1], decomposition="auto", budget=budget, calibration=[x]),
+        )
+        assert one.plan == other.plan
+        assert torch.equal(one.model(x), other.model(x))
+    assert studied.compress().plan == studied.compress(Budget(macs=0.8)).plan
+
+
+@pytest.mark.parametrize("other", [Budget(params=0.5), Budget(macs=0.5, params=0.5), Budget(error=0.1)])
+def test_a_study_is_of_one_kind_of_budgets(other: Budget) -> None:
+    model, x = built("bottleneck")
+    studied = study(model, x[:1], decomposition="svd", budget=Budget(macs=0.8), calibration="none")
+    with pytest.raises(BudgetError, match="the study is of budgets like .*make another one"):
+        studied.compress(other)
 
 
 def test_deterministic() -> None:

@@ -13,7 +13,7 @@ from rankfold.errors import (
     UnknownNameError,
 )
 from rankfold.files.artifact import load, load_plan, plan_of, save
-from rankfold.pipeline import Result, compress
+from rankfold.pipeline import Result, Study, compress, study
 from rankfold.plan import LayerPlan, Plan
 from rankfold.reports.analysis import Analysis, analyze
 
@@ -31,6 +31,7 @@ __all__ = [
     "RankfoldError",
     "Result",
     "SearchError",
+    "Study",
     "TrainingError",
     "UnknownNameError",
     "analyze",
@@ -39,6 +40,7 @@ __all__ = [
     "load_plan",
     "plan_of",
     "save",
+    "study",
 ]
 
 __version__ = "0.1.0"

@@ -14,12 +14,13 @@ from rankfold.budget import Budget, Cost
 from rankfold.calibration.forward_order import refit_
 from rankfold.calibration.moments import Calibration, calibrate
 from rankfold.calibration.synthetic import advice, synthetic_like
-from rankfold.errors import UnknownNameError
+from rankfold.decompositions.metric import Moment
+from rankfold.errors import BudgetError, UnknownNameError
 from rankfold.network.checks import check_copies, check_model
 from rankfold.network.copies import duplicate, unwrapped
 from rankfold.network.costs import cost_of
 from rankfold.network.finding import Layers, find_layers
-from rankfold.network.opening import opened
+from rankfold.network.opening import Opened, opened
 from rankfold.network.passes import Inputs, parted
 from rankfold.network.rehearsal import verified
 from rankfold.network.surgery import apply_plan
@@ -27,7 +28,9 @@ from rankfold.plan import KNOWN_PLAN, Plan
 from rankfold.planning import Decompositions, Task, assign, feasible_plan, measure, placed, suited
 from rankfold.progress import Progress, silent
 from rankfold.search import Search
+from rankfold.search.curves import Curve
 from rankfold.search.trace import Trace
+from rankfold.search.units import Width
 from rankfold.units import about_means, better, hidden_channels, measure_widths, with_metric, with_prices
 
 HELD_SHARE = 8
@@ -107,6 +110,113 @@ def compress(
     The result is never over budget and no layer is larger, in the budget's units, than it was. Deterministic: the same
     network and settings give the same plan. Raises a RankfoldError that says what to change.
     """
+    return study(
+        model,
+        example_inputs,
+        decomposition=decomposition,
+        budget=budget,
+        search=search,
+        calibration=calibration,
+        calibration_samples=calibration_samples,
+        sequential=sequential,
+        align=align,
+        include=include,
+        exclude=exclude,
+        progress=progress,
+    ).compress(progress=progress)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What `compress` measures of a network before it looks at the budget: networks of several sizes are made of one.
+
+    `budget` is the one that it was made for, `seconds` the wall time that it took, which counts in every result.
+    """
+
+    model: nn.Module
+    inputs: Inputs
+    whole: Opened
+    before: Cost
+    layers: Layers
+    curves: tuple[Curve, ...]
+    widths: tuple[Width, ...]
+    known: Calibration
+    rebuilding: Mapping[str, Moment]
+    budget: Budget
+    search: str | Search
+    in_order: bool
+    whole_choice: bool
+    settings: Mapping[str, Any]
+    seconds: float
+
+    def compress(self, budget: Budget | None = None, *, progress: Progress = silent) -> Result:
+        """A smaller network within the study's budget, or another of its kind, as `rankfold.compress` gives it.
+
+        Raises BudgetError for a budget in other units, or if only one of the two limits the error, and where no plan
+        meets it.
+        """
+        start = time.perf_counter()
+        budget = budget or self.budget
+        if budget.units != self.budget.units or _limits_error(budget) != _limits_error(self.budget):
+            raise BudgetError(f"the study is of budgets like {self.budget}, not {budget}; make another one for it")
+        task = Task(
+            self.model,
+            self.inputs,
+            self.whole,
+            budget,
+            placed(self.search, self.whole.model),
+            self.before,
+            self.whole_choice,
+        )
+        found = feasible_plan(task, self.layers, self.curves, self.widths, progress=progress)
+        plan = replace(found.plan, settings={**found.plan.settings, **self.settings})
+        student, plan = apply_plan(
+            self.model,
+            plan,
+            factors=found.factors,
+            moments=self.known.moments,
+            rebuilding=self.rebuilding,
+            progress=progress,
+        )
+        student, plan = self._ordered(student, plan, progress)
+        plan = verified(self.model, student, plan, self.inputs)
+        setattr(student, KNOWN_PLAN, plan)
+        return Result(student, plan, self.seconds + time.perf_counter() - start, found.trace)
+
+    def _ordered(self, student: nn.Module, plan: Plan, progress: Progress) -> tuple[nn.Module, Plan]:
+        """A student fitted in forward order, or as it was where that is not asked for or does not help."""
+        known, model = self.known, self.whole.model
+        if not self.in_order:
+            return student, plan
+        apart = replace(plan, settings={**plan.settings, "fitted": APART})
+        if plan.narrowings and known.samples < FEWEST:
+            return student, apart
+        before = duplicate(student) if plan.narrowings else None
+        plan = refit_(student, model, plan, known.inputs, moments=known.moments, progress=progress)
+        if before is None or better(model, before, student, known.held or list(known.inputs)):
+            return student, plan
+        return before, apart
+
+
+def study(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    decomposition: Decompositions = "tucker",
+    budget: Budget,
+    search: str | Search = "exact",
+    calibration: str | Calibration | Iterable[Any] | None = "auto",
+    calibration_samples: int | None = None,
+    sequential: bool = True,
+    align: int | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    progress: Progress = silent,
+) -> Study:
+    """What is measured of a network once, for budgets of one kind: `study(…, budget=…)`, then its `compress`.
+
+    What is given is as in `compress`.
+    """
     start = time.perf_counter()
     model = unwrapped(model)
     check_model(model)
@@ -123,38 +233,43 @@ def compress(
         example_inputs,
         calibration,
         samples=calibration_samples,
-        budget=budget,
+        of_weights=_limits_error(budget),
         hold=bool(sets.found),
         progress=progress,
     )
     curves = measure(whole.model, layers, choices, units=budget.units, moments=known.moments, progress=progress)
-    summed = bool(known.inputs) and not math.isfinite(budget.largest_error)
+    summed = bool(known.inputs) and not _limits_error(budget)
     in_order = sequential and summed
     ordering, rebuilding = about_means(whole.model, example_inputs, known.moments, sets.found, in_order=in_order)
     widths, layers = measure_widths(whole.model, layers, sets, align=align, moments=ordering, progress=progress)
     if widths and summed:
         curves, widths = with_prices(whole.model, curves, widths, known, progress)
-    task = Task(model, example_inputs, whole, budget, placed(search, whole.model), before, include is not None)
-    found = feasible_plan(task, layers, curves, widths, progress=progress)
     settings = {
         **_provenance(known, in_order),
         "priced": any(one.price.errors for one in widths),
         "decomposition": _as_json(decomposition),
     }
-    plan = replace(found.plan, settings={**found.plan.settings, **settings})
-    student, plan = apply_plan(
-        model, plan, factors=found.factors, moments=known.moments, rebuilding=rebuilding, progress=progress
+    return Study(
+        model,
+        example_inputs,
+        whole,
+        before,
+        layers,
+        curves,
+        widths,
+        known,
+        rebuilding,
+        budget,
+        search,
+        in_order,
+        include is not None,
+        settings,
+        time.perf_counter() - start,
     )
-    if in_order and plan.narrowings and known.samples < FEWEST:
-        plan = replace(plan, settings={**plan.settings, "fitted": APART})
-    elif in_order:
-        apart = (duplicate(student), plan) if plan.narrowings else None
-        plan = refit_(student, whole.model, plan, known.inputs, moments=known.moments, progress=progress)
-        if apart and not better(whole.model, apart[0], student, known.held or list(known.inputs)):
-            student, plan = apart[0], replace(apart[1], settings={**plan.settings, "fitted": APART})
-    plan = verified(model, student, plan, example_inputs)
-    setattr(student, KNOWN_PLAN, plan)
-    return Result(student, plan, time.perf_counter() - start, found.trace)
+
+
+def _limits_error(budget: Budget) -> bool:
+    return math.isfinite(budget.largest_error)
 
 
 def calibrated(
@@ -164,18 +279,18 @@ def calibrated(
     given: str | Calibration | Iterable[Any] | None,
     *,
     samples: int | None,
-    budget: Budget,
+    of_weights: bool,
     hold: bool,
     progress: Progress,
 ) -> Calibration:
     """The moments that `compress` is asked to go by; without any where errors are those of the weights.
 
-    With `hold` some of the inputs are held back from them.
+    With `of_weights` they are by default; with `hold` some of the inputs are held back from the moments.
     """
     if isinstance(given, Calibration):
         return given
     reason = "asked for"
-    if given == "auto" and math.isfinite(budget.largest_error):
+    if given == "auto" and of_weights:
         given, reason = (
             "none",
             "the budget limits the error, which is that of the weights unless calibration is asked for",

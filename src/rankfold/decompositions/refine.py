@@ -72,8 +72,11 @@ def _descended(
 
     def closure() -> Tensor:
         optimiser.zero_grad()
-        loss = moment.energy(weight - reconstruct(wiring, tuple(variables))) / scale
-        loss.backward()
+        residual = weight - reconstruct(wiring, tuple(variables))
+        with torch.no_grad():  # the one product with the moment gives the loss and, as that is symmetric, its gradient
+            pull = moment.applied(residual)
+            loss = (pull * residual).sum() / scale
+        residual.backward(pull * (2 / scale))
         return loss
 
     with torch.enable_grad():

@@ -58,7 +58,7 @@ def compare(
     weights: str | Path | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    batch_size: int = 250,
+    batch_size: int | None = None,
     progress: Progress = silent,
 ) -> Comparison:
     """Scores the model saved in `directory` on `data`, and times it and its original in turns.

@@ -1,0 +1,83 @@
+"""Prices: what errors of layers and of channels cost a network, measured one at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from rankfold.calibration.moments import calibrate
+from rankfold.decompositions import reconstruct
+from rankfold.network.finding import find_layers
+from rankfold.network.passes import run
+from rankfold.planning import measure
+from rankfold.reports.demo import digits
+from rankfold.search.curves import Curve, Price
+from rankfold.search.prices import priced
+
+
+class Branches(nn.Module):
+    """Two layers, what one gives counting for a hundredth of what the other does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.loud, self.quiet = nn.Linear(24, 24), nn.Linear(24, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.loud(x) + 0.01 * self.quiet(x)
+
+
+def curves_of(model: nn.Module, x: torch.Tensor) -> tuple[Curve, ...]:
+    layers = find_layers(model, x)
+    moments = calibrate(model, layers.found, [x]).moments
+    curves = measure(model, layers, {one.name: ("svd",) for one in layers.found}, moments=moments)
+    return priced(model, curves, (), moments, [x])[0]
+
+
+def test_prices_are_divergences() -> None:
+    """The price of an error that was made is what the network's output diverges by with it."""
+    model, x = Branches(), torch.randn(64, 24)
+    (loud, _) = curves_of(model, x)
+    assert loud.exact is not None
+    (grid,) = loud.exact.grids()
+    for error, loss in zip(loud.price.errors, loud.price.losses, strict=True):
+        rank = int(grid.ranks[0][np.abs(grid.errors - error).argmin()])
+        wrong = Branches()
+        with torch.no_grad():
+            wrong.loud.weight.copy_(reconstruct(loud.exact.wiring, loud.exact.factors((rank,)))[0])
+        given, target = run(wrong, x).log_softmax(1), run(model, x).softmax(1)
+        assert loss == pytest.approx(float(functional.kl_div(given, target, reduction="batchmean")), rel=1e-3)
+
+
+def test_what_hardly_counts_is_cheap() -> None:
+    """A hundredth of the output is a ten-thousandth of the divergence."""
+    (loud, quiet) = curves_of(Branches(), torch.randn(64, 24))
+    at = np.array([0.1])
+    assert 1e-5 < float(quiet.price.of(at)[0] / loud.price.of(at)[0]) < 1e-3
+
+
+def test_a_network_that_is_sure_of_itself_pays_late() -> None:
+    """Small errors hardly move its output: a line through the smallest would put large ones far too low."""
+    model, data = digits()
+    x = data.batch(0, 200)[0]
+    prices = [one.price for one in curves_of(model, x) if len(one.price.errors) > 1]
+    steeper = [p.losses[-1] / p.losses[0] / (p.errors[-1] / p.errors[0]) for p in prices]
+    assert np.median(steeper) > 2
+
+
+def test_prices_go_through_what_was_measured() -> None:
+    price = Price((0.02, 0.1, 0.5), (0.001, 0.02, 0.8))
+    assert price.of(np.array([0.02, 0.1, 0.5])) == pytest.approx([0.001, 0.02, 0.8])
+    steep = np.log(0.8 / 0.02) / np.log(0.5 / 0.1)
+    assert price.of(np.array([0.0, 0.01, 1.0])) == pytest.approx([0.0, 0.0005, 0.8 * 2**steep])
+    errors = np.linspace(0, 1, 200)
+    assert (np.diff(price.of(errors)) > 0).all()
+
+
+def test_without_a_price_errors_count_as_they_are() -> None:
+    errors = np.array([0.0, 0.3, 1.0])
+    assert (Price().of(errors) == errors).all()
+    assert Price((1.0,), (2.0,)).of(errors) == pytest.approx(2 * errors)
