@@ -18,6 +18,7 @@ from rankfold.network.passes import parted, run
 from rankfold.plan import Plan
 from rankfold.sources.data import Dataset, Normalisation, open_dataset
 from rankfold.training import Training, fine_tune
+from rankfold.units import better
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -129,6 +130,24 @@ def test_widths_with_ranks_inside_are_trained(tmp_path: Path) -> None:
     assert trained.epochs[-1].loss < 0.9 * trained.epochs[0].loss
     save(trained.model, result.plan, tmp_path / "trained")
     assert torch.equal(load(tmp_path / "trained", Bottleneck())(x), trained.model.eval()(x))
+
+
+@pytest.mark.parametrize("outputs", [8, 1])
+def test_fits_are_taken_back_where_they_harm(outputs: int) -> None:
+    """Not for less than the standard error of what they change."""
+    batches = [torch.randn(50, 6) for _ in range(2)]
+    model = nn.Linear(6, outputs)
+
+    def shaken(by: float) -> nn.Linear:
+        other = nn.Linear(6, outputs)
+        with torch.no_grad():
+            other.weight.copy_(model.weight + by * torch.randn(outputs, 6))
+            other.bias.copy_(model.bias)
+        return other
+
+    assert better(model, shaken(0.3), shaken(0.0), batches)
+    assert better(model, shaken(0.0), shaken(1e-4), batches) == (outputs > 1)
+    assert not better(model, shaken(0.01), shaken(3.0), batches)
 
 
 def test_inputs_are_held_back_in_part() -> None:

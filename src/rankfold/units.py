@@ -24,7 +24,7 @@ from rankfold.network.tracing import followed
 from rankfold.plan import INTERPOLATIVE, ChannelSet, LayerPlan, Narrowing, channels_named
 from rankfold.progress import Progress, silent
 from rankfold.search.curves import Curve, subset
-from rankfold.search.network_objectives import agreement
+from rankfold.search.network_objectives import agreements
 from rankfold.search.prices import priced
 from rankfold.search.units import WIDTHS, UnitCurve, Width, cost_at, measure_width, unit_curve, units_of
 
@@ -117,13 +117,14 @@ def better(model: nn.Module, apart: nn.Module, ordered: nn.Module, batches: Sequ
     """Whether a student agrees with the original as well after its fits in forward order as before, on some inputs.
 
     Fits in forward order are regressions on noisy inputs: with few of them they overfit, and they give less than the
-    original did. Where many small parts are added up, as in language models, that can do more harm than good.
+    original did. They are worse where agreement falls by more than its standard error.
     """
     try:
-        before, after = (agreement(model, one, batches) for one in (apart, ordered))
+        before, after = (agreements(model, one, batches) for one in (apart, ordered))
     except ModelError:
         return True
-    return after >= before
+    gained = after - before
+    return float(gained.mean()) >= -float(gained.std(correction=0)) / len(gained) ** 0.5
 
 
 def united(curves: Sequence[Curve], widths: Sequence[Width], refused: Mapping[str, str], budget: Budget) -> list[Curve]:

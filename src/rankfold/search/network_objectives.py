@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, final
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -186,28 +187,27 @@ def class_axis(output: Tensor) -> int:
     return 1 if output.ndim > 3 else -1
 
 
-def agreement(model: nn.Module, student: nn.Module, batches: Iterable[Inputs]) -> float:
-    """How well a student's outputs agree with the original's on some batches.
+def agreements(model: nn.Module, student: nn.Module, batches: Iterable[Inputs]) -> Float[Tensor, " rows"]:
+    """How well a student's outputs agree with the original's on some batches, one by one.
 
-    Of outputs over classes that is the share of rows with the same likeliest class, which does not ask for the same
-    confidence; of others minus the squared error, relative to the size of the original's. Raises ModelError where the
-    two cannot be compared.
+    Of outputs over classes that is whether the likeliest class of a row is the same, which does not ask for the same
+    confidence; of others minus the squared error of an example, relative to the size of the original's. Raises
+    ModelError where the two cannot be compared.
     """
-    seen, same = 0, 0.0
+    found = []
     for batch in batches:
-        own, other = output_of(run(student, batch)), output_of(run(model, batch))
+        own, other = (torch.atleast_1d(output_of(run(one, batch))) for one in (student, model))
         if own.shape != other.shape:
             raise ModelError(
                 f"the student gives outputs of shape {tuple(own.shape)}, the original {tuple(other.shape)}"
             )
         axis = class_axis(other)
         if other.ndim > 1 and other.shape[axis] > 1:
-            hits = own.argmax(axis) == other.argmax(axis)
-            seen, same = seen + hits.numel(), same + float(hits.sum())
+            found.append((own.argmax(axis) == other.argmax(axis)).flatten().double())
         else:
-            error = (own - other).square().sum() / other.square().sum().clamp_min(1e-30)
-            seen, same = seen + len(other), same - float(error) * len(other)
-    return same / max(seen, 1)
+            errors = (own - other).double().square().reshape(len(other), -1).sum(1)
+            found.append(-errors / other.double().square().sum().clamp_min(1e-30) * len(other))
+    return torch.cat(found).cpu()
 
 
 def softened(output: Tensor, taught: Tensor, temperature: float) -> Tensor:
