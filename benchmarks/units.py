@@ -60,7 +60,7 @@ def images(folder: Path, name: str, count: int) -> tuple[Any, list[Tensor]]:
         )
         chosen = known.sample(count)
         batches = (chosen.batch(k, min(k + BATCH, count))[0] for k in range(0, count, BATCH))
-    return scored, [one.contiguous(memory_format=torch.channels_last) for one in batches]
+        return scored, [one.contiguous(memory_format=torch.channels_last) for one in batches]
     source, scored = network(folder, name, name, "cifar10/test.npz")
     return scored, unlabelled(folder, source, "cifar10/train.npz")
 

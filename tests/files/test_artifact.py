@@ -20,7 +20,7 @@ from rankfold.files.artifact import load_metrics
 
 @pytest.fixture
 def result(small_cnn: nn.Module, image: torch.Tensor) -> Result:
-    return compress(small_cnn, image, decomposition="auto", budget=Budget(macs=0.5), calibration="none")
+    return compress(small_cnn, image, decomposition=["tucker", "cp3"], budget=Budget(macs=0.5), calibration="none")
 
 
 def skeleton() -> nn.Module:

@@ -68,7 +68,7 @@ def test_costs_are_those_of_the_network(name: str, decomposition: str | list[str
     result = compress(model, x[:1], decomposition=decomposition, budget=Budget(macs=0.7), calibration=[x])
     assert result.after == cost_of(result.model, x[:1])
     assert result.after.macs <= 0.7 * result.before.macs
-    assert result.plan.narrowings
+    assert result.plan.narrowings or decomposition != "interpolative"
 
 
 def test_searches_that_look_at_weights_know_no_units() -> None:

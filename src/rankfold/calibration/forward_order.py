@@ -187,12 +187,22 @@ def _regressed(
     ridges: Sequence[float],
 ) -> list[Float64[Tensor, "g o i *taps"]]:
     """T of the module's head for each ridge, a share of the mean square of the inputs."""
+    mean = square.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    mean = torch.where(mean > 0, mean, 1.0)
+    flat, identity = weight.flatten(2), torch.eye(square.shape[-1], dtype=square.dtype)
+    square, found = _definite(square, min(ridges) / 2 * mean * identity), []
+    for share in ridges:
+        triangle = torch.linalg.cholesky(square + share * mean * identity)
+        found.append(torch.cholesky_solve((cross + share * mean * flat).mT, triangle).mT.reshape(weight.shape))
+    return found
+
+
+def _definite(square: Float64[Tensor, "g n n"], ridge: Tensor) -> Float64[Tensor, "g n n"]:
+    """A moment without the negative eigenvalues that rounding has given it, where a ridge does not make up for them."""
+    if not torch.linalg.cholesky_ex(square + ridge).info.any():
+        return square
     values, vectors = torch.linalg.eigh(square)
-    mean = values.mean(-1).clamp_min(1e-300)[:, None, None]
-    cross, flat = cross @ vectors, weight.flatten(2) @ vectors
-    values = values.clamp_min(0)[:, None]
-    found = ((cross + share * mean * flat) / (values + share * mean) for share in ridges)
-    return [(one @ vectors.mT).reshape(weight.shape) for one in found]
+    return (vectors * values.clamp_min(0)[:, None]) @ vectors.mT
 
 
 def _recentre_(pair: Networks, place: Place, pairs: _Pairs, weight: Tensor) -> None:
