@@ -270,3 +270,14 @@ def test_zero_weights_are_reproduced():
         expansion = expand(name, weight, LayerShape(6, 5, (3, 3)))
         factors = fit(name, weight, LayerShape(6, 5, (3, 3)), tuple(1 for _ in expansion.max_ranks()))
         assert relative_error(weight.double(), expansion.wiring, factors) == 0
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("ring", (4, 4, 12, 12)), ("ring", (2, 6, 15, 12)), ("tt", (10, 30, 12))])
+def test_ranks_above_those_of_any_use_are_filled_up(name: str, ranks: tuple[int, ...]):
+    """As a layer that lost channels may be given, whose ranks were chosen before."""
+    weight = torch.randn(1, 12, 10, 3, 3, dtype=torch.float64)
+    factors = fit(name, weight, SHAPE, ranks)
+    sizes = wiring_of(name, SHAPE).sizes(SHAPE, list(ranks))
+    expected = [(1, *wiring_of(name, SHAPE).factor_shape(k, sizes)) for k in range(len(factors))]
+    assert [tuple(factor.shape) for factor in factors] == expected
+    assert relative_error(weight, wiring_of(name, SHAPE), factors) < 1

@@ -17,10 +17,9 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 from torch import Tensor
-from torch.nn import functional
 
 from rankfold.decompositions.expansion import Decomposition, Expansion, Factors, Grid, leading_basis, unfold
-from rankfold.decompositions.tt import Train
+from rankfold.decompositions.tt import Train, filled
 from rankfold.decompositions.wiring import TAPS, Wiring
 
 CARRIED = (1, 2, 4)
@@ -58,7 +57,7 @@ class RingExpansion(Expansion):
     def factors(self, ranks: Sequence[int]) -> Factors:
         carried, first, *_ = ranks
         taps, outputs = self._train(carried).factors(ranks[1:])
-        basis = _fill(self._inputs, carried * first)[..., : carried * first]
+        basis = filled(self._inputs, carried * first)[..., : carried * first]
         groups, inputs = basis.shape[:2]
         entry = basis.reshape(groups, inputs, first, carried).permute(0, 3, 1, 2)  # A i B
         chain = [factor.permute(0, 2, 3, 1) for factor in taps]  # (in bond, tap, out bond)
@@ -69,15 +68,10 @@ class RingExpansion(Expansion):
         """The train of the weight with the carried bond split off the inputs' axis and joined to the outputs'."""
         if carried not in self._trains:
             folds = -(-self._core.shape[1] // carried)
-            core = _fill(self._core.movedim(1, -1), folds * carried)
+            core = filled(self._core.movedim(1, -1), folds * carried)
             split = core.reshape(*core.shape[:-1], folds, carried).movedim(-2, 1)  # (g, b, taps, o, a)
             self._trains[carried] = Train(split.flatten(-2), self._precise)
         return self._trains[carried]
-
-
-def _fill(tensor: Tensor, size: int) -> Tensor:
-    """The tensor with zeros behind its last axis, up to `size`."""
-    return functional.pad(tensor, (0, max(0, size - tensor.shape[-1])))
 
 
 def _wiring(taps: str) -> Wiring:

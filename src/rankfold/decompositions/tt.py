@@ -90,19 +90,23 @@ class Train:
         return Grid(ranks, np.minimum(errors, 1.0))
 
     def factors(self, ranks: Sequence[int]) -> tuple[list[Tensor], Tensor]:
-        """The tap factors, axes (out bond, in bond, tap), and the output factor (o, bond)."""
+        """The tap factors, axes (out bond, in bond, tap), and the output factor (o, bond).
+
+        Ranks above those of any use are filled up with zeros.
+        """
         left, right = ranks[0], ranks[-1]
-        rest = self._core[:, :left, ..., :right]
+        rest = filled(self._core[:, :left, ..., :right], right)
+        rest = filled(rest.movedim(1, -1), left).movedim(-1, 1)
         groups, bond, factors = len(rest), left, []
         for rank in ranks[1:-1]:
             taps = rest.shape[2]
             matrix = rest.reshape(groups, bond * taps, -1)
             _, basis = leading_basis(matrix, self._precise)
-            basis = _padded(basis, rank)
+            basis = filled(basis[..., :rank], rank)
             factors.append(basis.reshape(groups, bond, taps, rank).permute(0, 3, 1, 2))
             rest, bond = (basis.mT @ matrix).reshape(groups, rank, *rest.shape[3:]), rank
         factors.append(rest.permute(0, 3, 1, 2))
-        return factors, self._outputs[..., :right]
+        return factors, filled(self._outputs[..., :right], right)
 
     def _energy(self, core: Tensor) -> Float64[Tensor, "a z"]:
         """Energy per pair of first and last index, over groups and taps."""
@@ -135,10 +139,9 @@ class Train:
         return self._bases[cut]
 
 
-def _padded(basis: Tensor, rank: int) -> Tensor:
-    """The first `rank` columns, with zero columns where there are fewer."""
-    basis = basis[..., :rank]
-    return torch.nn.functional.pad(basis, (0, rank - basis.shape[-1]))
+def filled(tensor: Tensor, size: int) -> Tensor:
+    """The tensor with zeros behind its last axis, up to `size`."""
+    return torch.nn.functional.pad(tensor, (0, max(0, size - tensor.shape[-1])))
 
 
 def _wiring(taps: str) -> Wiring:
