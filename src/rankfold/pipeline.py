@@ -225,7 +225,9 @@ def study(
     whole = opened(model, example_inputs)
     layers = find_layers(whole.model, example_inputs, include=include, exclude=exclude, closed=whole.closed)
     choices, layers = assign(layers, decomposition)
-    choices = suited(choices, search)
+    named = calibration if isinstance(calibration, str) else ""
+    blind = calibration is None or named == "none" or (named == "auto" and _limits_error(budget))
+    choices = suited(choices, search, blind=blind)
     sets = hidden_channels(whole.model, example_inputs, layers, choices)
     known = calibrated(
         whole.model,

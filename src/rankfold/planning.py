@@ -116,10 +116,13 @@ def placed(search: str | Search, model: nn.Module) -> str | Search:
     return replace(cast(Any, search), objective=objective.placed_on(model))
 
 
-def suited(choices: Mapping[str, tuple[str, ...]], search: str | Search) -> dict[str, tuple[str, ...]]:
-    """The choices as far as a search can make them: of "auto", one that looks at layers' weights knows no units."""
+def suited(choices: Mapping[str, tuple[str, ...]], search: str | Search, *, blind: bool) -> dict[str, tuple[str, ...]]:
+    """The choices as far as a search can make them: of "auto", one that looks at layers' weights knows no units.
+
+    Nor are there any where the search is `blind`, with nothing known of inputs: then all channels look alike.
+    """
     objective = getattr(search, "objective", None)
-    weights = search == "evbmf" or isinstance(search, Published) or isinstance(objective, NetworkObjective)
+    weights = blind or search == "evbmf" or isinstance(search, Published) or isinstance(objective, NetworkObjective)
     return {
         name: tuple(one for one in names if one != INTERPOLATIVE) if weights and names == AUTO else names
         for name, names in choices.items()

@@ -73,7 +73,7 @@ class Price:
         return np.where(errors > 0, np.exp(found), 0.0)
 
 
-SLOPES = (0.5, 3.0)
+SLOPES = (1.0, 3.0)
 """Powers of errors by which losses are taken to rise."""
 
 
