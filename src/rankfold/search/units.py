@@ -167,13 +167,14 @@ def unit_curve(sets: Sequence[Width], members: Sequence[Curve], units: Sequence[
     table: dict[tuple[int, ...], _Front] = {(): _Front.empty(len(sets) + len(members))}
     opened: list[int] = []
     for number, curve in enumerate(members):
-        name = curve.layer.name
+        name, losses = curve.layer.name, curve.price.of(curve.errors)
         sides = tuple(_sets_of(name, sets, side) for side in ("outputs", "inputs"))
         for place in dict.fromkeys(places[one.channels.name] for side in sides for one in side):
             if not _touches(sets[place], members[:number]):
                 opened.append(place)
+                lost = sets[place].price.of(np.array(sets[place].errors))
                 table = {
-                    (*state, width): front.with_set(sets[place], place, width)
+                    (*state, width): front.with_set(sets[place], place, width, float(lost[width]))
                     for state, front in table.items()
                     for width in range(len(sets[place].widths))
                 }
@@ -181,7 +182,7 @@ def unit_curve(sets: Sequence[Width], members: Sequence[Curve], units: Sequence[
         for state, front in table.items():
             shares = [_share(side, places, opened, state, sets) for side in sides]
             shape = curve.layer.shape.narrowed(*shares)
-            grown[state] = front.with_layer(curve, shape, len(sets) + number, units)
+            grown[state] = front.with_layer(curve, losses, shape, len(sets) + number, units)
         table = grown
         for place in [one for one in opened if not _touches(sets[one], members[number + 1 :])]:
             at = opened.index(place)
@@ -217,19 +218,21 @@ class _Front:
             np.concatenate([one.choices for one in fronts]),
         )
 
-    def with_set(self, one: Width, place: int, width: int) -> _Front:
-        """The candidates with a set at one of its widths."""
+    def with_set(self, one: Width, place: int, width: int, loss: float) -> _Front:
+        """The candidates with a set at one of its widths, which costs so much."""
         kept, size = one.widths[width], one.channels.size
         costs = {unit: self.costs[unit] + getattr(one.channels.through, unit) * kept // size for unit in UNITS}
         choices = self.choices.copy()
         choices[:, place] = width
-        return _Front(self.errors + one.price.of(np.array(one.errors[width])), costs, choices)
+        return _Front(self.errors + loss, costs, choices)
 
-    def with_layer(self, curve: Curve, shape: LayerShape, place: int, units: Sequence[str]) -> _Front:
+    def with_layer(
+        self, curve: Curve, losses: FloatArray, shape: LayerShape, place: int, units: Sequence[str]
+    ) -> _Front:
         """The candidates with every form of a layer, at the size that it has between the chosen widths."""
         forms = np.unique(np.linspace(0, len(curve) - 1, min(FORMS, len(curve))).round().astype(np.int64))
         own: dict[str, list[int]] = {unit: [] for unit in UNITS}
-        errors, kept, losses = [], [], curve.price.of(curve.errors)
+        errors, kept = [], []
         dense = curve.layer.cost(shape.params, shape.macs)
         for form in forms:
             cost = dense if form == 0 else cost_at(curve, int(form), shape)
