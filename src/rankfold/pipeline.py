@@ -30,7 +30,7 @@ from rankfold.progress import Progress, silent
 from rankfold.search import Search
 from rankfold.search.curves import Curve
 from rankfold.search.trace import Trace
-from rankfold.search.units import Width
+from rankfold.search.widths import Width
 from rankfold.units import about_means, better, hidden_channels, measure_widths, with_metric, with_prices
 
 HELD_SHARE = 8

@@ -27,7 +27,8 @@ from rankfold.search.curves import Curve
 from rankfold.search.network_objectives import NetworkObjective
 from rankfold.search.published import Published
 from rankfold.search.trace import Trace
-from rankfold.search.units import UnitCurve, Width
+from rankfold.search.units import UnitCurve
+from rankfold.search.widths import Width
 from rankfold.units import dense_cost, fitted_factors, members, narrowings_of, planned, united
 
 Decompositions = str | Sequence[str] | Mapping[str, str | Sequence[str]]

@@ -26,11 +26,12 @@ from rankfold.progress import Progress, silent
 from rankfold.search.curves import Curve, subset
 from rankfold.search.network_objectives import agreements
 from rankfold.search.prices import priced
-from rankfold.search.units import WIDTHS, UnitCurve, Width, cost_at, measure_width, unit_curve, units_of
+from rankfold.search.units import UnitCurve, cost_at, unit_curve
+from rankfold.search.widths import WIDTHS, Width, measure_width, units_of
 
-EXAMPLES = 32
+EXAMPLES = 64
 """Inputs on which errors are priced, at most."""
-WORK = 2**36
+WORK = 2**35
 """MACs of a pass over them, at most, but for two inputs."""
 
 
@@ -156,7 +157,7 @@ def dense_cost(curve: Curve) -> Cost:
 
 def members(curves: Iterable[Curve]) -> list[Curve]:
     """The curves of layers in all curves, of units those of their members."""
-    return [one for curve in curves for one in (curve.members if isinstance(curve, UnitCurve) else (curve,))]
+    return [one for curve in curves for one in curve.parts]
 
 
 def fitted_factors(pairs: Iterable[tuple[Curve, int]], narrowed: set[str]) -> dict[str, Factors]:

@@ -15,7 +15,7 @@ from rankfold.network.passes import run
 from rankfold.planning import measure
 from rankfold.reports.demo import digits
 from rankfold.search.curves import Curve, Price
-from rankfold.search.prices import priced
+from rankfold.search.prices import TEMPERATURE, priced
 
 
 class Branches(nn.Module):
@@ -48,8 +48,9 @@ def test_prices_are_divergences() -> None:
         wrong = Branches()
         with torch.no_grad():
             wrong.loud.weight.copy_(reconstruct(loud.exact.wiring, loud.exact.factors((rank,)))[0])
-        given, target = run(wrong, x).log_softmax(1), run(model, x).softmax(1)
-        assert loss == pytest.approx(float(functional.kl_div(given, target, reduction="batchmean")), rel=1e-3)
+        given, target = ((run(one, x) / TEMPERATURE).log_softmax(1) for one in (wrong, model))
+        divergence = functional.kl_div(given, target, reduction="batchmean", log_target=True) * TEMPERATURE**2
+        assert loss == pytest.approx(float(divergence), rel=1e-3)
 
 
 def test_what_hardly_counts_is_cheap() -> None:

@@ -18,8 +18,11 @@ from rankfold.network.finding import find_layers
 from rankfold.objectives import Divergence
 from rankfold.plan import ChannelSet, Port
 from rankfold.planning import assign, measure
-from rankfold.search import Rene, units
-from rankfold.search.units import UnitCurve, unit_curve, units_of, width_grid
+from rankfold.progress import silent
+from rankfold.search import Problem, Rene, settle, units
+from rankfold.search import search as known_search
+from rankfold.search.units import UnitCurve, unit_curve
+from rankfold.search.widths import units_of, width_grid
 from rankfold.units import hidden_channels, measure_widths
 
 
@@ -69,6 +72,19 @@ def test_costs_are_those_of_the_network(name: str, decomposition: str | list[str
     assert result.after == cost_of(result.model, x[:1])
     assert result.after.macs <= 0.7 * result.before.macs
     assert result.plan.narrowings or decomposition != "interpolative"
+
+
+def test_guesses_within_units_are_fitted_before_they_are_relied_on() -> None:
+    """A ring's error without a fit is a bound from below, which makes it look best where it is not."""
+    _, curve = unit_of("transposed", ["ring"])
+    most = int(curve.costs["macs"][next(k for k in range(len(curve)) if curve.guessed(k))])
+    problem = Problem((curve,), {"macs": most}, Cost(0, 0, 0), Cost(0, int(curve.costs["macs"][0]), 0))
+    assert curve.guessed(known_search("exact")(problem, silent).choices[0])
+    selection = settle(problem, known_search("exact"))
+    assert selection.curves is not None
+    (found,), (chosen,) = selection.curves, selection.choices
+    assert found.costs["macs"][chosen] <= most
+    assert not found.guessed(chosen)
 
 
 def test_searches_that_look_at_weights_know_no_units() -> None:

@@ -1,7 +1,7 @@
 """Curves: error and cost per rank of a layer.
 
 Where the closed form is far from the best (CP, rings), a candidate's error is known once it is fitted. A curve starts
-with a few fits and interpolates between them; `visit` fits more, where a search wants to be sure.
+with a few fits and interpolates between them; `visited` fits more, where a search wants to be sure.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rankfold.decompositions import (
+    DECOMPOSITIONS,
     Expansion,
     Factors,
     balance,
@@ -113,6 +114,44 @@ class Curve:
             return True
         return any(one.full and one.ranks == self.ranks[k] for one in self.fits.get(family, ()))
 
+    def guessed(self, k: int) -> bool:
+        """Whether a candidate's error is a bound from below, scaled by those of others that were fitted."""
+        method = self.methods[k]
+        return method is not None and not self.settled(k) and DECOMPOSITIONS[method].optimistic
+
+    def visited(self, places: Sequence[int], *, starts: int = 1) -> Curve:
+        """The curve once those at `places` are fitted, from so many `starts`, and the others interpolated anew."""
+        fits = {name: list(known) for name, known in self.fits.items()}
+        for k in places:
+            if self.settled(k):
+                continue
+            method, weight = cast(str, self.methods[k]), cast(Tensor, self.weight)
+            layer, ranks = self.layer, self.ranks[k]
+            factors = fit(method, weight, layer.shape, ranks, layer=layer.name, starts=starts, moment=self.moment)
+            reached = metric_error(weight, wiring_of(method, layer.shape), factors, self.moment)
+            ratio = reached / max(float(self.closed[k]), 1e-300)
+            one = Fit(ranks, int(self.costs["params"][k]), ratio, True, factors)
+            fits.setdefault(cast(str, self.family(k)), []).append(one)
+        return refitted(self, fits)
+
+    @property
+    def parts(self) -> tuple[Curve, ...]:
+        """The curves of the layers that it is made of: itself, where it is one layer's."""
+        return (self,)
+
+    def of_parts(self, parts: Sequence[Curve]) -> Curve:
+        """The curve with other `parts`, of the same layers."""
+        (part,) = parts
+        return part
+
+    def grounded(self) -> Curve:
+        """The curve without candidates that are only bounded from below."""
+        return subset(self, np.flatnonzero([not self.guessed(k) for k in range(len(self))]))
+
+    def known(self) -> Curve:
+        """The curve with the candidates alone whose errors are known."""
+        return subset(self, np.flatnonzero([self.settled(k) for k in range(len(self))]))
+
     def factors(self, k: int) -> Factors | None:
         """The factors of a candidate, where it was fitted as a plan would have it."""
         if self.exact is not None and self.methods[k] is not None:
@@ -130,23 +169,6 @@ def family_in(name: str, shape: LayerShape, ranks: Sequence[int], moment: Moment
     """The family of `family_of`; in a metric what needs no fit otherwise is one as well, of the method's name."""
     exact = moment is IDENTITY or is_matrix(wiring_of(name, shape))
     return family_of(name, shape, ranks) or (None if exact else name)
-
-
-def visit(curve: Curve, places: Sequence[int], *, starts: int = 1) -> Curve:
-    """The curve once the candidates at `places` are fitted, from so many `starts`, and those between interpolated."""
-    fits = {name: list(known) for name, known in curve.fits.items()}
-    for k in places:
-        if curve.settled(k):
-            continue
-        method, weight = cast(str, curve.methods[k]), cast(Tensor, curve.weight)
-        shape, moment = curve.layer.shape, curve.moment
-        factors = fit(method, weight, shape, curve.ranks[k], layer=curve.layer.name, starts=starts, moment=moment)
-        reached = metric_error(weight, wiring_of(method, shape), factors, moment)
-        ratio = reached / max(float(curve.closed[k]), 1e-300)
-        fits.setdefault(cast(str, curve.family(k)), []).append(
-            Fit(curve.ranks[k], int(curve.costs["params"][k]), ratio, True, factors)
-        )
-    return refitted(curve, fits)
 
 
 def refitted(curve: Curve, fits: Mapping[str, Sequence[Fit]]) -> Curve:

@@ -17,9 +17,10 @@ between weights and ranks, refinement in stages. What is different, and why:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from rankfold.budget import UNITS
 from rankfold.errors import BudgetError
@@ -31,7 +32,7 @@ from rankfold.search.objective import Objective, Reconstruction
 from rankfold.search.problem import ERROR, Problem, Selection, check_feasible
 from rankfold.search.relaxation import Relaxed, cooled, entropy
 from rankfold.search.rounding import rounded
-from rankfold.search.settle import GUESSES, grounded, known, unsettled, visited
+from rankfold.search.settle import GUESSES, unsettled, visited
 from rankfold.search.trace import Step, Trace, step_from_dict
 
 HOT, COLD = 0.1, 1e-4
@@ -102,9 +103,9 @@ class _Run:
     def _narrow(self) -> None:
         """Gives up candidates that would keep the search from ending."""
         if self.stage >= STAGES:
-            self.problem = known(self.problem)
+            self.problem = replace(self.problem, curves=tuple(curve.known() for curve in self.problem.curves))
         elif self.stage >= GUESSES:
-            self.problem = grounded(self.problem)
+            self.problem = replace(self.problem, curves=tuple(curve.grounded() for curve in self.problem.curves))
 
     def _cool(self) -> tuple[int, ...]:
         """One stage: from a spread-out distribution to one candidate per layer."""
@@ -161,8 +162,9 @@ class _Run:
             "stage": self.stage,
             "point": asdict(self.point) if self.point else None,
             "fits": [
-                {name: [(f.ranks, f.params, f.ratio, f.full) for f in fitted] for name, fitted in curve.fits.items()}
+                {name: [(f.ranks, f.params, f.ratio, f.full) for f in fitted] for name, fitted in part.fits.items()}
                 for curve in self.problem.curves
+                for part in curve.parts
             ],
             "steps": [asdict(step) for step in self.steps],
         }
@@ -177,12 +179,17 @@ class _Run:
             Point(**{**state["point"], "choices": tuple(state["point"]["choices"])}) if state["point"] else None
         )
         self.steps = [step_from_dict(entry) for entry in state["steps"]]
+        saved = iter(state["fits"])
         curves = [
-            refitted(curve, {name: [Fit(tuple(r), *rest) for r, *rest in fitted] for name, fitted in fits.items()})
-            for curve, fits in zip(self.problem.curves, state["fits"], strict=True)
+            curve.of_parts([_with_fits(part, next(saved)) for part in curve.parts]) for curve in self.problem.curves
         ]
         self.problem = replace(self.problem, curves=tuple(curves))
         self._narrow()
+
+
+def _with_fits(curve: Curve, fits: Mapping[str, Any]) -> Curve:
+    """A curve with the fits of a checkpoint."""
+    return refitted(curve, {name: [Fit(tuple(r), *rest) for r, *rest in known] for name, known in fits.items()})
 
 
 def _label(curve: Curve, k: int) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from rankfold.decompositions import DECOMPOSITIONS
 from rankfold.progress import Progress, silent
-from rankfold.search.curves import Curve, FloatArray, subset, visit
+from rankfold.search.curves import Curve, FloatArray
 from rankfold.search.evbmf import evbmf_ranks
 from rankfold.search.problem import ERROR, Problem, Search, Selection
 
@@ -38,42 +38,24 @@ def settle(problem: Problem, search: Search, progress: Progress = silent) -> Sel
         wanted = unsettled(problem, selection.choices)
         if not strict:
             pairs = zip(problem.curves, selection.choices, wanted, strict=True)
-            wanted = [places if _guessed(curve, k) else [] for curve, k, places in pairs]
+            wanted = [places if curve.guessed(k) else [] for curve, k, places in pairs]
         left = sum(map(bool, wanted))
         if not left:
             break
         progress("fitting candidates", 0, left, f"refinement {turn + 1}")
         problem = visited(problem, wanted, progress)
         if turn + 1 == GUESSES:
-            problem = grounded(problem)
+            problem = replace(problem, curves=tuple(curve.grounded() for curve in problem.curves))
     else:
-        problem = known(problem)
+        problem = replace(problem, curves=tuple(curve.known() for curve in problem.curves))
         selection = search(problem, progress)
     return replace(selection, curves=problem.curves)
-
-
-def grounded(problem: Problem) -> Problem:
-    """The problem without candidates that are only bounded from below."""
-    curves = [subset(c, np.flatnonzero([not _guessed(c, k) for k in range(len(c))])) for c in problem.curves]
-    return replace(problem, curves=tuple(curves))
-
-
-def known(problem: Problem) -> Problem:
-    """The problem with the candidates alone whose errors are known."""
-    curves = [subset(c, np.flatnonzero([c.settled(k) for k in range(len(c))])) for c in problem.curves]
-    return replace(problem, curves=tuple(curves))
-
-
-def _guessed(curve: Curve, k: int) -> bool:
-    """Whether a candidate's error is a bound from below, scaled by those of others that were fitted."""
-    method = curve.methods[k]
-    return method is not None and not curve.settled(k) and DECOMPOSITIONS[method].optimistic
 
 
 def _hopeful(curve: Curve, chosen: int, cost: FloatArray, slack: float) -> list[int]:
     """The cheapest candidate that may still take the place of `chosen`: its bound from below says that it can."""
     cheaper = (cost < cost[chosen]) & (curve.closed <= curve.errors[chosen] + slack)
-    able = [k for k in np.flatnonzero(cheaper) if _guessed(curve, int(k))]
+    able = [k for k in np.flatnonzero(cheaper) if curve.guessed(int(k))]
     return [int(min(able, key=lambda k: cost[k]))] if able else []
 
 
@@ -83,7 +65,7 @@ def visited(problem: Problem, wanted: Sequence[Sequence[int]], progress: Progres
     done, result = 0, []
     for curve, places in zip(problem.curves, wanted, strict=True):
         if places:
-            curve, done = visit(curve, places, starts=problem.starts), done + 1
+            curve, done = curve.visited(places, starts=problem.starts), done + 1
             progress("fitting candidates", done, total)
         result.append(curve)
     return replace(problem, curves=tuple(result))
@@ -102,10 +84,10 @@ def _unsettled(curve: Curve, chosen: int, problem: Problem, slack: float) -> lis
     first, ranks of a half, a quarter and so on are fitted as well, and the one that variational Bayes takes for signal:
     errors drop suddenly where a weight has a small exact rank, and fits of ranks far above it may stop short of it.
     """
-    if curve.methods[chosen] is None or curve.weight is None:
+    if curve.methods[chosen] is None:
         return []
     wanted = [] if curve.settled(chosen) else [chosen]
-    if ERROR not in problem.limited:
+    if ERROR not in problem.limited or curve.weight is None:
         return wanted
     cost = problem.values(curve) if problem.minimise != ERROR else problem.pressure(curve)
     wanted += _hopeful(curve, chosen, cost, slack)

@@ -17,44 +17,21 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
-from torch import Tensor
 
 from rankfold.budget import UNITS, Cost
 from rankfold.decompositions import wiring_of
-from rankfold.decompositions.interpolative import Elimination, eliminate, entries, interpolation_error
-from rankfold.decompositions.metric import IDENTITY, Moment
 from rankfold.decompositions.wiring import LayerShape
-from rankfold.plan import INTERPOLATIVE, ChannelSet, LayerSpec
+from rankfold.plan import INTERPOLATIVE
 from rankfold.search.candidates import pareto
-from rankfold.search.curves import Curve, FloatArray, IntArray, Price
+from rankfold.search.curves import Curve, FloatArray, IntArray
+from rankfold.search.widths import Width
 
-WIDTHS = 24
-"""Widths of a channel set that are candidates, at most; fewer where a unit has many sets."""
 FORMS = 24
 """Forms of a layer in a unit, at most: dense, and evenly spaced ones of its own curve."""
 FRONT = 48
 """Candidates kept for each width of the sets at hand, while a unit's are found."""
 CANDIDATES = 256
 """Candidates of a unit."""
-SEEN = 1.5
-"""Inputs that a layer must have seen for each channel that it reads, for their moment to be relied on."""
-LARGEST_IDENTITY = 4608
-"""Inputs of a layer that reads channels, at most, where their moment is not known as a whole."""
-
-
-@dataclass(frozen=True)
-class Width:
-    """A channel set with the order in which its channels go, and the error at the outputs of what reads them.
-
-    `errors[k]` is the error with `widths[k]` channels; the first width is the whole. `price` is what errors cost the
-    network.
-    """
-
-    channels: ChannelSet
-    elimination: Elimination
-    widths: tuple[int, ...]
-    errors: tuple[float, ...]
-    price: Price = field(default_factory=Price)
 
 
 @dataclass(frozen=True)
@@ -67,10 +44,47 @@ class UnitCurve(Curve):
     sets: tuple[Width, ...] = ()
     members: tuple[Curve, ...] = ()
     choices: IntArray = field(default_factory=lambda: np.empty((0, 0), dtype=np.int64))
+    units: tuple[str, ...] = UNITS
 
     def family(self, k: int) -> str | None:
-        """None: what a unit's errors are made of is not fitted before the plan is."""
+        """None: a unit is not fitted, its members are."""
         return None
+
+    def settled(self, k: int) -> bool:
+        """Whether no member's error is a guess; those that are interpolated between fits will do."""
+        return not self.guessed(k)
+
+    def guessed(self, k: int) -> bool:
+        """Whether a member's error is only bounded from below."""
+        return any(one.guessed(form) for one, form in zip(self.members, self.forms(k), strict=True))
+
+    @property
+    def parts(self) -> tuple[Curve, ...]:
+        """The members' curves."""
+        return self.members
+
+    def of_parts(self, parts: Sequence[Curve]) -> UnitCurve:
+        """The same sets between other curves of the members."""
+        return unit_curve(self.sets, parts, self.units)
+
+    def visited(self, places: Sequence[int], *, starts: int = 1) -> Curve:
+        """The unit once what is guessed of the candidates at `places` is fitted."""
+        chosen = [self.forms(k) for k in places]
+        wanted = [
+            sorted({forms[number] for forms in chosen if one.guessed(forms[number])})
+            for number, one in enumerate(self.members)
+        ]
+        return self.of_parts(
+            [one.visited(forms, starts=starts) for one, forms in zip(self.members, wanted, strict=True)]
+        )
+
+    def grounded(self) -> Curve:
+        """The unit without members' candidates that are only bounded from below."""
+        return self.of_parts([one.grounded() for one in self.members])
+
+    def known(self) -> Curve:
+        """As `grounded`: no more than that is asked of a unit."""
+        return self.grounded()
 
     def widths(self, k: int) -> dict[str, int]:
         """The width of every channel set in a candidate, by the set's name."""
@@ -95,70 +109,6 @@ class UnitCurve(Curve):
     def forms(self, k: int) -> list[int]:
         """The place in its own curve of every member in a candidate."""
         return [int(place) for place in self.choices[k][len(self.sets) :]]
-
-
-def width_grid(channels: ChannelSet, linear: bool, align: int | None, most: int) -> tuple[int, ...]:
-    """The widths of a set that are candidates, widest first.
-
-    They are multiples of `align`; where it is not given, of 8 on Linear layers wider than 64, and of the number of
-    parts in any case.
-    """
-    step = align if align is not None else 8 if linear and channels.size > 64 else 1
-    step = int(np.lcm(step, channels.parts))
-    if channels.size // step < 4:
-        step = channels.parts
-    whole = channels.size // step
-    fewest = max(1, round(whole / 16))
-    steps = np.unique(np.linspace(fewest, whole, min(most, whole - fewest + 1)).round().astype(int))
-    widths = [int(one) * step for one in steps]
-    return tuple(dict.fromkeys([channels.size, *reversed(widths)]))
-
-
-def measure_width(
-    channels: ChannelSet,
-    layers: Mapping[str, LayerSpec],
-    weights: Mapping[str, Tensor],
-    moments: Mapping[str, Moment],
-    *,
-    align: int | None,
-    most: int,
-) -> Width | str:
-    """A channel set with the order in which its channels go and its widths, or why it has none.
-
-    `weights` (g, o, i, *taps) and `moments` are those of the layers that read it. The order is that of the one that
-    multiplies most; the error is the sum over all.
-    """
-    readers = sorted((port.layer for port in channels.consumers), key=lambda name: -layers[name].shape.macs)
-    for name in readers:
-        size = weights[name][0, 0].numel()
-        if moments.get(name, IDENTITY).joint is None and size > LARGEST_IDENTITY:
-            return f"{name} has {size:,} inputs, too many for what is known of them to be told apart"
-    first, *others = readers
-    seen = moments.get(first, IDENTITY).positions
-    if 0 < seen < SEEN * channels.size:
-        return f"{first} has seen {seen} inputs, too few for {channels.size} channels; give more to calibrate on"
-    linear = not layers[first].shape.kernel
-    elimination = eliminate(weights[first], moments.get(first, IDENTITY), channels.size, channels.parts)
-    widths = width_grid(channels, linear, align, most)
-    errors = np.array([elimination.error(width) for width in widths])
-    inner = {port.layer: port.inner for port in channels.consumers}
-    for name in others:
-        weight, moment = weights[name], moments.get(name, IDENTITY)
-        for place, width in enumerate(widths[1:], 1):
-            columns = entries(elimination.kept(width), inner[name])
-            errors[place] += interpolation_error(weight, moment, columns)
-    return Width(channels, elimination, widths, tuple(np.maximum.accumulate(errors).tolist()))
-
-
-def units_of(sets: Sequence[ChannelSet], layers: Mapping[str, LayerSpec]) -> list[tuple[ChannelSet, ...]]:
-    """The sets in groups that hang together by layers they share, in the order in which they were found."""
-    groups: list[list[ChannelSet]] = []
-    for one in sets:
-        own = _touched(one, layers)
-        linked = [group for group in groups if any(own & _touched(other, layers) for other in group)]
-        merged = [other for group in linked for other in group] + [one]
-        groups = [group for group in groups if group not in linked] + [merged]
-    return [tuple(group) for group in groups]
 
 
 def unit_curve(sets: Sequence[Width], members: Sequence[Curve], units: Sequence[str]) -> UnitCurve:
@@ -284,6 +234,7 @@ def _as_curve(front: _Front, sets: Sequence[Width], members: Sequence[Curve], un
         sets=tuple(sets),
         members=tuple(members),
         choices=choices,
+        units=tuple(units),
     )
 
 
@@ -329,10 +280,6 @@ def _share(
         place = places[one.channels.name]
         share *= one.widths[state[opened.index(place)]] / one.channels.size
     return share
-
-
-def _touched(one: ChannelSet, layers: Mapping[str, LayerSpec]) -> set[str]:
-    return {*one.layers, *(name for name in one.between if name in layers)}
 
 
 def _touches(one: Width, members: Sequence[Curve]) -> bool:
