@@ -29,6 +29,25 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
         return model(*args, **kwargs)
 
 
+def run_with(model: nn.Module, named: Mapping[str, Tensor], inputs: Inputs) -> Any:
+    """The model's output with other tensors for some parameters, by their names; whatever shares one gets it as well.
+
+    As `run`, but in the mode that the model is in, and with gradients where they are on.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    given = {parameters[name]: tensor for name, tensor in named.items()}
+    # each module once: of one that has two names, `functional_call` would not put its own tensors back
+    everywhere = {
+        f"{path}.{name}".lstrip("."): given[parameter]
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter in given
+    }
+    args, kwargs = arguments_of(copied(inputs))
+    with seeded(model):
+        return torch.func.functional_call(model, everywhere, args, kwargs, tie_weights=False)
+
+
 def arguments_of(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Example inputs as positional and keyword arguments."""
     if isinstance(inputs, Mapping):

@@ -20,13 +20,11 @@ from rankfold.errors import DataError, ModelError
 from rankfold.network.kinds import module_weight
 from rankfold.network.passes import (
     Inputs,
-    arguments_of,
-    copied,
     describe_inputs,
     evaluating,
     output_of,
     run,
-    seeded,
+    run_with,
     tensors_in,
 )
 from rankfold.search.curves import Curve
@@ -100,9 +98,7 @@ class NetworkObjective(Objective):
         return partial(self._run, named)
 
     def _run(self, named: dict[str, Tensor], inputs: Inputs) -> Any:
-        args, kwargs = arguments_of(copied(inputs))
-        with seeded(self.model):
-            return torch.func.functional_call(self.model, named, args, kwargs)
+        return run_with(self.model, named, inputs)
 
     def _amount(self) -> str:
         """How much data there is, in words, with a sum that tells one set of batches from another."""

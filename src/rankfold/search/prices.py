@@ -11,9 +11,9 @@ of them have a say (from 32 images, prices of ResNet-20 then err by a factor of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from functools import partial
 
 import numpy as np
 from torch import Tensor, nn
@@ -22,11 +22,12 @@ from rankfold.decompositions import expand, is_matrix, reconstruct, wiring_of
 from rankfold.decompositions.interpolative import entries, interpolated, padded
 from rankfold.decompositions.metric import IDENTITY, Moment
 from rankfold.network.kinds import module_weight, weight_of
-from rankfold.network.passes import Inputs, output_of, run
+from rankfold.network.passes import Inputs, examples_in, output_of
+from rankfold.network.replay import Replay
 from rankfold.plan import LayerSpec
 from rankfold.progress import Progress, silent
 from rankfold.search.curves import Curve, FloatArray, Price
-from rankfold.search.network_objectives import Divergence, class_axis
+from rankfold.search.network_objectives import class_axis, softened
 from rankfold.search.widths import Width
 
 TRIALS = (0.02, 0.1, 0.5)
@@ -55,26 +56,33 @@ def priced(
     progress: Progress = silent,
 ) -> tuple[tuple[Curve, ...], tuple[Width, ...]]:
     """The curves and widths with prices, from the divergence of the network's outputs on a few inputs."""
-    output = output_of(run(model, inputs[0]))
-    logits = output.ndim > 1 and output.shape[class_axis(output)] > 1
-    objective = Divergence(model, inputs, temperature=TEMPERATURE, logits=logits)
     specs = {curve.layer.name: curve.layer for curve in curves}
-    total = len(curves) + len(widths)
-    found: list[dict[float, float]] = []
-    parts = chain(
-        (_of_layer(model, curve, moments) for curve in curves),
-        (_of_width(model, width, specs, moments) for width in widths),
-    )
-    for done, trials in enumerate(parts):
-        progress("pricing errors", done, total)
-        losses = {trial.error: objective.loss_with(dict(trial.weights)) for trial in trials}
-        found.append({error: loss for error, loss in losses.items() if np.isfinite(loss)})
-    progress("pricing errors", total, total)
-    prices = _prices(found)
+    parts: list[Callable[[], Iterator[Trial]]] = [
+        *(partial(_of_layer, model, curve, moments) for curve in curves),
+        *(partial(_of_width, model, width, specs, moments) for width in widths),
+    ]
+    sums = [dict[float, float]() for _ in parts]
+    sizes = [examples_in(batch) for batch in inputs]
+    for number, (batch, size) in enumerate(zip(inputs, sizes, strict=True)):
+        replay = Replay(model, batch)
+        for done, (part, found) in enumerate(zip(parts, sums, strict=True)):
+            progress("pricing errors", number * len(parts) + done, len(inputs) * len(parts))
+            for trial in part():
+                loss = _divergence(output_of(replay(trial.weights)), output_of(replay.output))
+                found[trial.error] = found.get(trial.error, 0.0) + loss * size / sum(sizes)
+    progress("pricing errors", len(inputs) * len(parts), len(inputs) * len(parts))
+    prices = _prices([{error: loss for error, loss in found.items() if np.isfinite(loss)} for found in sums])
     return (
         tuple(replace(curve, price=price) for curve, price in zip(curves, prices, strict=False)),
         tuple(replace(width, price=price) for width, price in zip(widths, prices[len(curves) :], strict=True)),
     )
+
+
+def _divergence(output: Tensor, whole: Tensor) -> float:
+    """What an output has lost: of distributions over classes the divergence, of others the relative squared error."""
+    if whole.ndim > 1 and whole.shape[class_axis(whole)] > 1:
+        return float(softened(output, whole, TEMPERATURE))
+    return float((output - whole).square().sum() / whole.square().sum().clamp_min(1e-30))
 
 
 def _prices(found: Sequence[Mapping[float, float]]) -> list[Price]:
