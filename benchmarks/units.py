@@ -1,7 +1,7 @@
 """Interpolative units: accuracy, perplexity and speed of networks with fewer channels, without labels or training.
 
 ImageNet networks are calibrated on 500 unlabelled validation images and scored on 1,500 others; ResNet-20 on 512
-training images and the CIFAR-10 test images; a language model on 256 blocks of 512 tokens of WikiText-2's validation
+training images and the CIFAR-10 test images; a language model on 192 blocks of 512 tokens of WikiText-2's validation
 text, scored by perplexity on 12 evenly spaced blocks of 1,024 of its test text. `--only CASE` runs some cases, a case
 being MODEL:DECOMPOSITIONS:BUDGET, with `:synthetic` behind it on inputs made from the network; `--speed` measures
 latencies instead, in turns with the original and with low rank. `--language FOLDER` is the language model's.
@@ -114,10 +114,10 @@ def of_language(folder: Path, case: str, text: Path, report: Callable[..., None]
     parts = [
         tokenizer((text / f"{one}.txt").read_text(), return_tensors="pt").input_ids[0] for one in ("valid", "test")
     ]
-    known, tested = parts[0][: 256 * 512].view(256, 512), blocks(parts[1], 1024, 12)
+    known, tested = parts[0][: 192 * 512].view(192, 512), blocks(parts[1], 1024, 12)
     whole = sum(one.numel() for one in model.parameters())
     outside = model.get_input_embeddings().weight.numel()
-    inputs = [{"input_ids": known[k : k + 4], "use_cache": False} for k in range(0, 256, 4)]
+    inputs = [{"input_ids": known[k : k + 4], "use_cache": False} for k in range(0, 192, 4)]
     limit = int(outside + float(budget) * (whole - outside))
     result = compress(
         model,

@@ -21,7 +21,7 @@ from rankfold.network.copies import duplicate, unwrapped
 from rankfold.network.costs import cost_of
 from rankfold.network.finding import Layers, find_layers
 from rankfold.network.opening import Opened, opened
-from rankfold.network.passes import Inputs, parted
+from rankfold.network.passes import Inputs, examples_in, parted
 from rankfold.network.rehearsal import verified
 from rankfold.network.surgery import apply_plan
 from rankfold.plan import KNOWN_PLAN, Plan
@@ -100,8 +100,10 @@ def compress(
 
     With "interpolative" among the decompositions ("auto" has it), channels of hidden activations can go as well: the
     layers around them get narrower, and what reads them rebuilds the others (`rankfold.network.channels` says which
-    may). Widths are multiples of `align`, which is 8 on Linear layers wider than 64 unless given. Errors of ranks and
-    widths are then weighed against each other by what they cost the network's output on a few calibration inputs.
+    may). Widths are multiples of `align`, which is 8 on Linear layers wider than 64 unless given.
+
+    Errors of layers, and of widths, are weighed against each other by what they cost the network's output on a few
+    calibration inputs that are held back for it, unless passes over one of them are too long.
 
     What is packed is opened first (attention, recurrent layers, experts, computed weights: `rankfold.network.opening`),
     and a layer that cannot be replaced stays as it is, with the reason in the plan. Embeddings, whose factors cost what
@@ -236,7 +238,7 @@ def study(
         calibration,
         samples=calibration_samples,
         of_weights=_limits_error(budget),
-        hold=bool(sets.found),
+        hold=not _limits_error(budget),
         progress=progress,
     )
     curves = measure(whole.model, layers, choices, units=budget.units, moments=known.moments, progress=progress)
@@ -244,11 +246,11 @@ def study(
     in_order = sequential and summed
     ordering, rebuilding = about_means(whole.model, example_inputs, known.moments, sets.found, in_order=in_order)
     widths, layers = measure_widths(whole.model, layers, sets, align=align, moments=ordering, progress=progress)
-    if widths and summed:
+    if summed and (widths or known.held):
         curves, widths = with_prices(whole.model, curves, widths, known, progress)
     settings = {
         **_provenance(known, in_order),
-        "priced": any(one.price.errors for one in widths),
+        "priced": any(price.errors for price in (*(one.price for one in curves), *(one.price for one in widths))),
         "decomposition": _as_json(decomposition),
     }
     return Study(
@@ -316,12 +318,14 @@ def _provenance(known: Calibration, in_order: bool) -> dict[str, Any]:
     """What the plan says of its metric, and of how factors were fitted."""
     if not known.batches:
         return {"metric": "frobenius", "calibration": known.source, "calibration_reason": known.reason}
+    held = sum(map(examples_in, known.held))
     return {
         "metric": "second moments",
         "calibration": known.source,
         "calibration_reason": known.reason,
         "calibration_batches": known.batches,
-        "calibration_samples": known.samples,
+        "calibration_samples": known.samples + held,
+        "calibration_held": held,
         "frobenius_layers": sorted(known.missing),
         "fitted": "in forward order" if in_order else "layer by layer",
     }

@@ -25,14 +25,14 @@ from rankfold.plan import INTERPOLATIVE, ChannelSet, LayerPlan, Narrowing, chann
 from rankfold.progress import Progress, silent
 from rankfold.search.curves import Curve, subset
 from rankfold.search.network_objectives import agreements
-from rankfold.search.prices import priced
+from rankfold.search.prices import TRIALS, priced
 from rankfold.search.units import UnitCurve, cost_at, unit_curve
 from rankfold.search.widths import WIDTHS, Width, measure_width, units_of
 
 EXAMPLES = 64
 """Inputs on which errors are priced, at most."""
-WORK = 2**35
-"""MACs of a pass over them, at most, but for two inputs."""
+WORK = 2**43
+"""MACs of all passes over them, at most, but for one input where there are channels to be weighed."""
 
 
 def hidden_channels(model: nn.Module, inputs: Inputs, layers: Layers, choices: Mapping[str, Sequence[str]]) -> Channels:
@@ -103,15 +103,19 @@ def with_prices(
 
     It is measured on inputs that are held back from the moments, if there are any: errors on inputs that the moments
     have seen look the smaller, the fewer they are. Where outputs cannot be compared (their number depends on what is in
-    them), relative errors are summed as they are.
+    them), or where passes over a single input are too long for layers alone, relative errors are summed as they are.
     """
     inputs = known.held or known.inputs
+    parts = len(widths) + sum(len(curve) > 1 for curve in curves)
     try:
         (one,) = few(inputs, 1)
-        count = max(2, min(EXAMPLES, WORK // max(cost_of(model, one).macs, 1)))
-        return priced(model, curves, widths, known.moments, few(inputs, count), progress=progress)
+        passes = WORK // max(cost_of(model, one).macs * parts * len(TRIALS), 1)
+        count = min(EXAMPLES, max(passes, 1 if widths else 0))
+        if count:
+            return priced(model, curves, widths, known.moments, few(inputs, count), progress=progress)
     except ModelError:
-        return tuple(curves), tuple(widths)
+        pass
+    return tuple(curves), tuple(widths)
 
 
 def better(model: nn.Module, apart: nn.Module, ordered: nn.Module, batches: Sequence[Inputs]) -> bool:

@@ -25,6 +25,7 @@ from rankfold.decompositions.svd import SVD
 from rankfold.decompositions.tt import TT
 from rankfold.decompositions.tucker import TUCKER
 from rankfold.decompositions.weighted import WeightedExpansion, is_matrix
+from rankfold.decompositions.whitening import WhitenedExpansion, Whitening
 from rankfold.decompositions.wiring import MATRIX, LayerShape, Wiring
 from rankfold.errors import PlanError, UnknownNameError
 
@@ -79,12 +80,18 @@ def family_of(name: str, shape: LayerShape, ranks: Sequence[int]) -> str | None:
 def expand(name: str, weight: Tensor, shape: LayerShape, moment: Moment = IDENTITY) -> Expansion:
     """The closed-form expansion of a weight (g, o, i, *taps) of any floating dtype, computed in float64.
 
-    That of a matrix is in the metric of `moment`, that of all others in the Frobenius norm.
+    That of a matrix is in the metric of `moment`, that of all others in the product of its parts along the axes
+    (`whitening`).
     """
-    if moment is not IDENTITY and is_matrix(wiring_of(name, shape)):
-        return WeightedExpansion(weight, wiring_of(name, shape), moment)
+    wiring = wiring_of(name, shape)
+    if moment is not IDENTITY and is_matrix(wiring):
+        return WeightedExpansion(weight, wiring, moment)
     method = decomposition(name) if shape.taps else SVD
-    return method.expand(weight.double(), wiring_of(name, shape), weight.dtype == torch.float64)
+    whitening = None if moment is IDENTITY else Whitening.of(moment, weight)
+    if whitening is None:
+        return method.expand(weight.double(), wiring, weight.dtype == torch.float64)
+    white = whitening.whitened(weight)
+    return WhitenedExpansion(white, method.expand(white, wiring, False), whitening)
 
 
 def fit(
@@ -102,7 +109,9 @@ def fit(
 ) -> Factors:
     """Factors (float64) of a weight (g, o, i, *taps) at `ranks`: the closed form, then alternating least squares.
 
-    With the `moment` of what goes into the layer they are then refined in its metric, by so many `steps` at most.
+    With the `moment` of what goes into the layer all this is done in whitened coordinates, for a CP the first half in
+    those of the weight (from there it gets closer than from either alone, in as many rounds), and the factors are then
+    refined in the metric itself, by so many `steps` at most.
 
     `sweeps` overrides the decomposition's own. With more than one of `starts` the others are random, from fixed seeds,
     and the best outcome counts: where a weight has a small exact rank, alternating least squares from the closed form
@@ -116,9 +125,43 @@ def fit(
         return _of_zero(wiring, shape, ranks, weight.double())
     if moment is not IDENTITY and is_matrix(wiring):
         return balance(wiring, WeightedExpansion(weight, wiring, moment).factors(ranks))
-    expansion = expansion or expand(name, weight, shape)
-    weight = weight.double()
+    expansion = expansion or expand(name, weight, shape, moment)
     rounds = sweeps if sweeps is not None else decomposition(name).sweeps if family_of(name, shape, ranks) else 0
+    if isinstance(expansion, WhitenedExpansion):
+        factors = _alternated_white(name, weight.double(), expansion, shape, ranks, rounds, starts)
+    else:
+        factors = _alternated(weight.double(), expansion, shape, ranks, rounds, starts)
+    if moment is not IDENTITY:
+        factors = refine(weight.double(), wiring, factors, moment, steps=steps)
+    return balance(wiring, factors)
+
+
+def _alternated_white(
+    name: str,
+    weight: Tensor,
+    expansion: WhitenedExpansion,
+    shape: LayerShape,
+    ranks: Sequence[int],
+    rounds: int,
+    starts: int,
+) -> Factors:
+    """Factors after alternating least squares in whitened coordinates, of a CP after as many rounds in its own."""
+    wiring, whitening = expansion.wiring, expansion.whitening
+    if not is_polyadic(wiring):
+        white = _alternated(expansion.weight, expansion.inner, shape, ranks, rounds, starts)
+    else:
+        own = decomposition(name).expand(weight, wiring, False)
+        plain = _alternated(weight, own, shape, ranks, rounds - rounds // 2, starts)
+        start = whitening.whitened_factors(wiring, plain)
+        white = alternate(expansion.weight, wiring, start, sweeps=rounds // 2)
+    return whitening.unwhitened(wiring, white)
+
+
+def _alternated(
+    weight: Tensor, expansion: Expansion, shape: LayerShape, ranks: Sequence[int], rounds: int, starts: int
+) -> Factors:
+    """The best factors in the Frobenius norm after alternating least squares from so many starts."""
+    wiring = expansion.wiring
     factors = alternate(weight, wiring, expansion.factors(ranks), sweeps=rounds)
     reached = [relative_error(weight, wiring, factors)] if starts > 1 else []
     for seed in range(1, starts if rounds else 1):
@@ -130,9 +173,7 @@ def fit(
         reached.append(error)
         if sum(one <= min(reached) * (1 + _AGREEMENT) for one in reached) == 4:
             break
-    if moment is not IDENTITY:
-        factors = refine(weight, wiring, factors, moment, steps=steps)
-    return balance(wiring, factors)
+    return factors
 
 
 def _of_zero(wiring: Wiring, shape: LayerShape, ranks: Sequence[int], weight: Tensor) -> Factors:

@@ -1,7 +1,8 @@
 """Fitting factors in the metric of what goes into a layer: least E‖(W − Ŵ) x‖² instead of least ‖W − Ŵ‖².
 
-Matrices have a closed form (`weighted`). Everything else is refined by L-BFGS on all factors at once, from the closed
-form or alternating least squares in the Frobenius norm.
+Matrices have a closed form (`weighted`). Everything else is refined by L-BFGS on all factors at once, from what closed
+forms or alternating least squares give, in coordinates in which the metric is nearly the identity (`whitening`): along
+the inputs it spans orders of magnitude otherwise, and steps that suit the largest do nothing for the rest.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from rankfold.decompositions.als import balance, reconstruct
 from rankfold.decompositions.expansion import Factors
 from rankfold.decompositions.metric import Moment
 from rankfold.decompositions.weighted import WeightedExpansion, is_matrix
+from rankfold.decompositions.whitening import Whitening
 from rankfold.decompositions.wiring import Wiring
 
 _CHUNK = 2**24
 """Entries of the weight that an error is measured on at a time."""
-STEPS = 120
+STEPS = 60
 """Steps of L-BFGS, at most."""
 
 
@@ -51,11 +53,27 @@ def refine(
             (min(factors[1].shape[-1], *weight.flatten(2).shape[1:]),)
         )
     else:
-        found = _descended(weight, wiring, factors, moment, scale=scale, steps=steps)
+        found = _whitely(weight, wiring, factors, moment, scale=scale, steps=steps)
     if found[-1].shape != factors[-1].shape:
         return factors  # more components than are of any use
     better = metric_error(weight, wiring, found, moment) <= metric_error(weight, wiring, factors, moment)
     return balance(wiring, found) if better else factors
+
+
+def _whitely(weight: Tensor, wiring: Wiring, factors: Factors, moment: Moment, *, scale: float, steps: int) -> Factors:
+    """The factors after steps in whitened coordinates, where there are any."""
+    whitening = Whitening.of(moment, weight)
+    if whitening is None:
+        return _descended(weight, wiring, factors, moment, scale=scale, steps=steps)
+    found = _descended(
+        whitening.whitened(weight),
+        wiring,
+        whitening.whitened_factors(wiring, factors),
+        whitening.left_of(moment, weight.shape[2:]),
+        scale=scale,
+        steps=steps,
+    )
+    return whitening.unwhitened(wiring, found)
 
 
 def _descended(

@@ -42,7 +42,7 @@ Unbalanced ranks of Tucker reach a slightly lower error and a much lower accurac
 
 METRIC_KNOTS = 4
 """Candidates of a decomposition that are fitted, where errors are in a metric, before any search."""
-KNOT_STEPS = 40
+KNOT_STEPS = 10
 """Steps of these fits."""
 
 

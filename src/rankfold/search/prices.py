@@ -16,7 +16,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from rankfold.decompositions import expand, is_matrix, reconstruct, wiring_of
 from rankfold.decompositions.interpolative import entries, interpolated, padded
@@ -27,7 +29,7 @@ from rankfold.network.replay import Replay
 from rankfold.plan import LayerSpec
 from rankfold.progress import Progress, silent
 from rankfold.search.curves import Curve, FloatArray, Price
-from rankfold.search.network_objectives import class_axis, softened
+from rankfold.search.network_objectives import class_axis
 from rankfold.search.widths import Width
 
 TRIALS = (0.02, 0.1, 0.5)
@@ -65,10 +67,11 @@ def priced(
     sizes = [examples_in(batch) for batch in inputs]
     for number, (batch, size) in enumerate(zip(inputs, sizes, strict=True)):
         replay = Replay(model, batch)
+        divergence = _divergence_from(output_of(replay.output))
         for done, (part, found) in enumerate(zip(parts, sums, strict=True)):
             progress("pricing errors", number * len(parts) + done, len(inputs) * len(parts))
             for trial in part():
-                loss = _divergence(output_of(replay(trial.weights)), output_of(replay.output))
+                loss = divergence(output_of(replay(trial.weights)))
                 found[trial.error] = found.get(trial.error, 0.0) + loss * size / sum(sizes)
     progress("pricing errors", len(inputs) * len(parts), len(inputs) * len(parts))
     prices = _prices([{error: loss for error, loss in found.items() if np.isfinite(loss)} for found in sums])
@@ -78,11 +81,25 @@ def priced(
     )
 
 
-def _divergence(output: Tensor, whole: Tensor) -> float:
-    """What an output has lost: of distributions over classes the divergence, of others the relative squared error."""
-    if whole.ndim > 1 and whole.shape[class_axis(whole)] > 1:
-        return float(softened(output, whole, TEMPERATURE))
-    return float((output - whole).square().sum() / whole.square().sum().clamp_min(1e-30))
+def _divergence_from(whole: Tensor) -> Callable[[Tensor], float]:
+    """What outputs have lost: of distributions over classes the divergence, of others the relative squared error.
+
+    With p the whole network's distribution and d the difference of the logits, both at `TEMPERATURE` T, the divergence
+    is log Σ p eᵈ − Σ p d, in which nothing cancels where d is small.
+    """
+    if whole.ndim < 2 or whole.shape[class_axis(whole)] < 2:
+        energy = whole.square().sum().clamp_min(1e-30)
+        return lambda output: float((output - whole).square().sum() / energy)
+    axis = class_axis(whole)
+    taught = functional.softmax(whole.float() / TEMPERATURE, axis)
+
+    def divergence(output: Tensor) -> float:
+        apart = (output.float() - whole.float()).nan_to_num_(0.0, 0.0, -torch.inf) / TEMPERATURE  # of masked classes
+        mean = (taught * apart).sum(axis)
+        grown = (taught * apart.expm1_()).sum(axis).log1p()
+        return TEMPERATURE**2 * float((grown - mean).mean(dtype=torch.float64))
+
+    return divergence
 
 
 def _prices(found: Sequence[Mapping[float, float]]) -> list[Price]:
