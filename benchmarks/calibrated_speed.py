@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import parser, record, require_data, write
+from common import keep, parser, record, require_data
 from torch import Tensor, nn
 
 Made = tuple[nn.Module, Any, dict[str, Any], Callable[[nn.Module], float] | None]
@@ -185,13 +185,10 @@ def main() -> None:
     if given.run:
         print(json.dumps(run(given.run, folder)))
         return
-    records = []
     for case in given.only or CASES:
         own = measured(case, folder, Path(__file__).resolve().parents[1], given.limit)
         before = measured(case, folder, given.before, given.limit) if given.before else None
-        records.append(record(case=case, what=(CASES[case].__doc__ or "").rstrip("."), **own, before=before))
-        print(json.dumps(records[-1]), flush=True)
-    write(records)
+        keep([record(case=case, what=(CASES[case].__doc__ or "").rstrip("."), **own, before=before)])
 
 
 if __name__ == "__main__":

@@ -129,3 +129,11 @@ def write(records: list[dict[str, Any]]) -> None:
     partial.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n")
     partial.replace(path)
     print(json.dumps(records, indent=2, ensure_ascii=False))
+
+
+def keep(records: Sequence[dict[str, Any]]) -> None:
+    """Writes records to today's file, in place of earlier ones of the same cases."""
+    path = RESULTS / f"{Path(sys.argv[0]).stem}-{datetime.date.today().isoformat()}.json"
+    cases = {one["case"] for one in records}
+    earlier = json.loads(path.read_text()) if path.exists() else []
+    write([*(one for one in earlier if one["case"] not in cases), *records])

@@ -18,6 +18,14 @@ def newest(name: str) -> list[dict[str, Any]]:
     return records
 
 
+def gathered(name: str) -> list[dict[str, Any]]:
+    """The latest record of every case of a benchmark, from all its runs."""
+    records = {}
+    for path in sorted(RESULTS.glob(f"{name}-*.json")):
+        records.update({one["case"]: one for one in json.loads(path.read_text())})
+    return list(records.values())
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table, the first column flush left."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
@@ -301,7 +309,7 @@ def _fill_training() -> None:
     ):
         if records := newest(marker):
             fill(ROOT / "docs" / f"{path}.md", marker, f"\n{facts(records)}\n\n{source(records)}")
-    if records := newest("units"):
+    if records := gathered("units"):
         fill(ROOT / "docs" / "units.md", "units", f"\n{units(records)}\n\n{source(records)}")
     for marker, belongs in FINE_TUNINGS.items():
         if part := [one for one in newest("finetune") if belongs(one)]:

@@ -9,7 +9,6 @@ latencies instead, in turns with the original and with low rank. `--language FOL
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 import resource
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, accuracy_record, network, parser, record, require_data, unlabelled, write
+from common import accuracy_record, keep, network, parser, record, require_data, unlabelled
 from torch import Tensor, nn
 
 from rankfold import Budget, Result, compress, study
@@ -191,14 +190,6 @@ def speeds(folder: Path, count: int, report: Callable[..., None]) -> list[dict[s
                 )
                 print(json.dumps(found[-1]), flush=True)
     return found
-
-
-def keep(records: Sequence[dict[str, Any]]) -> None:
-    """Writes records to today's file, in place of earlier ones of the same cases."""
-    path = RESULTS / f"units-{datetime.date.today().isoformat()}.json"
-    cases = {one["case"] for one in records}
-    earlier = json.loads(path.read_text()) if path.exists() else []
-    write([*(one for one in earlier if one["case"] not in cases), *records])
 
 
 def main() -> None:

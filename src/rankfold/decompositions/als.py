@@ -23,6 +23,8 @@ from torch import Tensor
 from rankfold.decompositions.expansion import Factors
 from rankfold.decompositions.wiring import TAPS, Wiring
 
+LARGEST_DOUBLE = 2**20
+"""Entries of a weight up to which it is multiplied by factors in float64, beyond in float32; solves are in float64."""
 LARGEST_GRAM = 1536
 """Side of the largest Gram matrix that is solved with (19 MB); a factor with a larger one keeps its start."""
 
@@ -157,7 +159,9 @@ def _solve(
     """
     letters = wiring.factors[position]
     others = [(wiring.factors[k], factor) for k, factor in enumerate(factors) if k != position]
-    solution = right = _contract([(weight_axes(wiring), weight), *others], letters)
+    dtype = weight.dtype if weight.numel() <= LARGEST_DOUBLE else torch.float32
+    network = [(axes, tensor.to(dtype)) for axes, tensor in [(weight_axes(wiring), weight), *others]]
+    solution = right = _contract(network, letters).to(weight.dtype)
     for number, (part, bonds, side) in enumerate(_parts(letters, others, right)):
         if side > LARGEST_GRAM:
             return None, 0.0

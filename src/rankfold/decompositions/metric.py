@@ -25,7 +25,7 @@ class Moment:
     E[x], where it is kept.
     """
 
-    joint: Float64[Tensor, "g n n"] | None = None
+    joint: Float[Tensor, "g n n"] | None = None
     inputs: Float64[Tensor, "g i i"] | None = None
     taps: Float64[Tensor, "g t t"] | None = None
     rows: Float[Tensor, "g k n"] | None = None

@@ -7,6 +7,8 @@ the inputs it spans orders of magnitude otherwise, and steps that suit the large
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -20,6 +22,8 @@ from rankfold.decompositions.wiring import Wiring
 
 _CHUNK = 2**24
 """Entries of the weight that an error is measured on at a time."""
+_EXACT = 2**31
+"""MACs of a product with the moment up to which it is taken in float64, beyond in float32."""
 STEPS = 60
 """Steps of L-BFGS, at most."""
 
@@ -27,9 +31,9 @@ STEPS = 60
 def metric_error(weight: Float[Tensor, "g o i *taps"], wiring: Wiring, factors: Factors, moment: Moment) -> float:
     """Squared relative error in the metric, E‖(W − Ŵ) x‖² / E‖W x‖²; zero where the layer's output is always zero.
 
-    In float64, but for weights of more than `_CHUNK` entries: some outputs at a time, and with sums alone in float64.
+    In float64, but for large weights (`_EXACT`): some outputs at a time, in float32, which is as good for these errors.
     """
-    dtype = torch.float64 if weight.numel() <= _CHUNK else torch.promote_types(weight.dtype, torch.float32)
+    dtype = torch.float32 if _is_large(weight) else torch.float64
     error = energy = 0.0
     axis, step = 1 + wiring.factors[-1].index("o"), max(1, _CHUNK // max(weight[0, 0].numel() * len(weight), 1))
     for start in range(0, weight.shape[1], step):
@@ -60,6 +64,10 @@ def refine(
     return balance(wiring, found) if better else factors
 
 
+def _is_large(weight: Tensor) -> bool:
+    return weight.numel() * weight[0, 0].numel() > _EXACT
+
+
 def _whitely(weight: Tensor, wiring: Wiring, factors: Factors, moment: Moment, *, scale: float, steps: int) -> Factors:
     """The factors after steps in whitened coordinates, where there are any."""
     whitening = Whitening.of(moment, weight)
@@ -88,11 +96,14 @@ def _descended(
         variables, max_iter=steps, history_size=20, line_search_fn="strong_wolfe", tolerance_change=1e-9
     )
 
+    dtype = torch.float32 if _is_large(weight) else weight.dtype
+    narrow = moment if moment.joint is None else replace(moment, joint=moment.joint.to(dtype))
+
     def closure() -> Tensor:
         optimiser.zero_grad()
         residual = weight - reconstruct(wiring, tuple(variables))
         with torch.no_grad():  # the one product with the moment gives the loss and, as that is symmetric, its gradient
-            pull = moment.applied(residual)
+            pull = narrow.applied(residual.to(dtype)).to(weight.dtype)
             loss = (pull * residual).sum() / scale
         residual.backward(pull * (2 / scale))
         return loss
