@@ -54,7 +54,8 @@ def source(records: list[dict[str, Any]]) -> str:
     """The data of records, and the script that made them, in a line; the records themselves have its options."""
     sets = dict.fromkeys(f"{one['data']}, {one['examples']:,} images" for one in records if "examples" in one)
     one = records[0]
-    script = f"`{' '.join(one['command'].split()[:2])}`, {one['date']}, {one['machine']}."
+    dates = " and ".join(sorted({record["date"] for record in records}))
+    script = f"`{' '.join(one['command'].split()[:2])}`, {dates}, {one['machine']}."
     return "; ".join([*sets, script])
 
 
