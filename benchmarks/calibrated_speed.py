@@ -1,7 +1,7 @@
 """How long calibrated compression of real networks takes, its peak memory, and what comes out, case by case.
 
 Every case runs in a process of its own. `--before FOLDER` is another checkout, whose `src` does the same cases in turn
-with this one: the records then hold both, and their ratio. ResNet-18 and VGG-16 are as they are initialised, with batch
+with this one: the records then hold both. ResNet-18 and VGG-16 are as they are initialised, with batch
 norms that hold the statistics of 64 images; all other networks are trained. Building and loading are not timed.
 """
 
@@ -62,23 +62,13 @@ def resnet20(folder: Path) -> Made:
 
 def smollm2(folder: Path) -> Made:
     """`svd` at 80 % of the parameters of the blocks, on 64 × 512 tokens."""
-    from rankfold.sources.models import build_model
+    from units import language, perplexity, sizes
 
-    model: Any = build_model(f"hf:{folder / 'smollm2'}").model.float()
-    from transformers import AutoTokenizer  # importable once the model is built, whatever torchvision is there
-    from units import blocks, perplexity
-
-    tokenizer = AutoTokenizer.from_pretrained(folder / "smollm2")
-    known, tested = (
-        tokenizer((folder / "wikitext2" / f"{part}.txt").read_text(), return_tensors="pt").input_ids[0]
-        for part in ("valid", "test")
-    )
-    tokens = known[: 64 * 512].view(64, 512)
-    batches = [{"input_ids": tokens[k : k + 4], "use_cache": False} for k in range(0, 64, 4)]
-    whole, outside = sum(one.numel() for one in model.parameters()), model.get_input_embeddings().weight.numel()
-    budget = {"params": int(outside + 0.8 * (whole - outside))}
+    model, batches, tested = language(folder / "smollm2", folder / "wikitext2", 64)
+    outside, inside = sizes(model)
+    budget = {"params": int(outside + 0.8 * inside)}
     options = {"decomposition": "svd", "budget": budget, "calibration": batches}
-    return model, batches[0], options, lambda model: perplexity(model, blocks(tested, 1024, 12))
+    return model, batches[0], options, lambda one: perplexity(one, tested)
 
 
 def conv3d(folder: Path) -> Made:

@@ -124,7 +124,7 @@ def accuracy_record(method: str, result: Result, scored: Accuracy, base: Accurac
 def write(records: list[dict[str, Any]]) -> None:
     """The records as benchmarks/results/SCRIPT-DATE.json, and on standard output."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{Path(sys.argv[0]).stem}-{datetime.date.today().isoformat()}.json"
+    path = _todays()
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n")
     partial.replace(path)
@@ -133,7 +133,11 @@ def write(records: list[dict[str, Any]]) -> None:
 
 def keep(records: Sequence[dict[str, Any]]) -> None:
     """Writes records to today's file, in place of earlier ones of the same cases."""
-    path = RESULTS / f"{Path(sys.argv[0]).stem}-{datetime.date.today().isoformat()}.json"
+    path = _todays()
     cases = {one["case"] for one in records}
     earlier = json.loads(path.read_text()) if path.exists() else []
     write([*(one for one in earlier if one["case"] not in cases), *records])
+
+
+def _todays() -> Path:
+    return RESULTS / f"{Path(sys.argv[0]).stem}-{datetime.date.today().isoformat()}.json"

@@ -106,21 +106,12 @@ def of_images(folder: Path, cases: Sequence[str], count: int, report: Callable[.
 def of_language(folder: Path, case: str, text: Path, report: Callable[..., None]) -> dict[str, Any]:
     """The record of a language model: the budget is a share of what is neither embedding nor head."""
     _, decomposition, budget = case.split(":")
-    model: Any = build_model(f"hf:{folder}").model.float()
-    from transformers import AutoTokenizer  # importable once the model is built, whatever torchvision is there
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    parts = [
-        tokenizer((text / f"{one}.txt").read_text(), return_tensors="pt").input_ids[0] for one in ("valid", "test")
-    ]
-    known, tested = parts[0][: 192 * 512].view(192, 512), blocks(parts[1], 1024, 12)
-    whole = sum(one.numel() for one in model.parameters())
-    outside = model.get_input_embeddings().weight.numel()
-    inputs = [{"input_ids": known[k : k + 4], "use_cache": False} for k in range(0, 192, 4)]
-    limit = int(outside + float(budget) * (whole - outside))
+    model, inputs, tested = language(folder, text, 192)
+    outside, inside = sizes(model)
+    limit = int(outside + float(budget) * inside)
     result = compress(
         model,
-        {"input_ids": known[:1], "use_cache": False},
+        {"input_ids": inputs[0]["input_ids"][:1], "use_cache": False},
         decomposition=decomposition.split(","),
         budget=Budget(params=limit),
         calibration=inputs,
@@ -133,10 +124,30 @@ def of_language(folder: Path, case: str, text: Path, report: Callable[..., None]
         data="WikiText-2 test, 12 blocks of 1,024 tokens",
         perplexity=round(perplexity(result.model, tested), 2),
         base_perplexity=round(perplexity(model, tested), 2),
-        blocks_kept=round((result.after.params - outside) / (whole - outside), 4),
+        blocks_kept=round((result.after.params - outside) / inside, 4),
         seconds=round(result.seconds, 1),
         peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     )
+
+
+def language(folder: Path, text: Path, count: int) -> tuple[Any, list[dict[str, Any]], Tensor]:
+    """A language model, batches of so many rows of 512 tokens to calibrate it on, and the rows it is scored on."""
+    model: Any = build_model(f"hf:{folder}").model.float()
+    from transformers import AutoTokenizer  # importable once the model is built, whatever torchvision is there
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    known, tested = (
+        tokenizer((text / f"{one}.txt").read_text(), return_tensors="pt").input_ids[0] for one in ("valid", "test")
+    )
+    rows = known[: count * 512].view(count, 512)
+    batches = [{"input_ids": rows[k : k + 4], "use_cache": False} for k in range(0, count, 4)]
+    return model, batches, blocks(tested, 1024, 12)
+
+
+def sizes(model: Any) -> tuple[int, int]:
+    """Parameters of a language model's embedding, and of what is neither that nor the head that is tied to it."""
+    outside = model.get_input_embeddings().weight.numel()
+    return outside, sum(one.numel() for one in model.parameters()) - outside
 
 
 def blocks(tokens: Tensor, length: int, count: int) -> Tensor:

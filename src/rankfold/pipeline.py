@@ -238,7 +238,6 @@ def study(
         calibration,
         samples=calibration_samples,
         of_weights=_limits_error(budget),
-        hold=not _limits_error(budget),
         progress=progress,
     )
     curves = measure(whole.model, layers, choices, units=budget.units, moments=known.moments, progress=progress)
@@ -250,7 +249,7 @@ def study(
         curves, widths = with_prices(whole.model, curves, widths, known, progress)
     settings = {
         **_provenance(known, in_order),
-        "priced": any(price.errors for price in (*(one.price for one in curves), *(one.price for one in widths))),
+        "priced": any(one.price.errors for one in curves),
         "decomposition": _as_json(decomposition),
     }
     return Study(
@@ -284,12 +283,11 @@ def calibrated(
     *,
     samples: int | None,
     of_weights: bool,
-    hold: bool,
     progress: Progress,
 ) -> Calibration:
     """The moments that `compress` is asked to go by; without any where errors are those of the weights.
 
-    With `of_weights` they are by default; with `hold` some of the inputs are held back from the moments.
+    With `of_weights` they are by default; otherwise some of the inputs are held back from the moments.
     """
     if isinstance(given, Calibration):
         return given
@@ -309,7 +307,7 @@ def calibrated(
     elif isinstance(given, str):
         raise UnknownNameError("calibration", given, ("auto", "none", "synthetic"))
     batches = list(given) if isinstance(given, Iterator) else given  # the fits go over them again
-    batches, held = parted(batches, HELD_SHARE, HELD_MOST) if hold else (batches, [])
+    batches, held = (batches, []) if of_weights else parted(batches, HELD_SHARE, HELD_MOST)
     known = calibrate(model, layers.found, batches, source=source, reason=reason, progress=progress)
     return replace(known, held=held)
 

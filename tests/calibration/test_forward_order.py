@@ -61,7 +61,8 @@ def test_the_network_comes_closer_to_its_original(normed: nn.Module, decompositi
     assert apart.plan.settings["fitted"] == "layer by layer"
     assert in_order.plan.settings["fitted"] == "in forward order"
     assert in_order.after == apart.after
-    assert distance(normed, in_order.model, batches[0]) < 0.9 * distance(normed, apart.model, batches[0])
+    share = 0.9 if decomposition == "cp3" else 0.8
+    assert distance(normed, in_order.model, batches[0]) < share * distance(normed, apart.model, batches[0])
     assert distance(normed, in_order.model, unseen) < distance(normed, apart.model, unseen)
 
 

@@ -127,12 +127,13 @@ def fit(
         return balance(wiring, WeightedExpansion(weight, wiring, moment).factors(ranks))
     expansion = expansion or expand(name, weight, shape, moment)
     rounds = sweeps if sweeps is not None else decomposition(name).sweeps if family_of(name, shape, ranks) else 0
+    whitening = expansion.whitening if isinstance(expansion, WhitenedExpansion) else None
     if isinstance(expansion, WhitenedExpansion):
         factors = _alternated_white(name, weight.double(), expansion, shape, ranks, rounds, starts)
     else:
         factors = _alternated(weight.double(), expansion, shape, ranks, rounds, starts)
     if moment is not IDENTITY:
-        factors = refine(weight.double(), wiring, factors, moment, steps=steps)
+        factors = refine(weight.double(), wiring, factors, moment, steps=steps, whitening=whitening)
     return balance(wiring, factors)
 
 

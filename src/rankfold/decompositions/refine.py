@@ -46,9 +46,18 @@ def metric_error(weight: Float[Tensor, "g o i *taps"], wiring: Wiring, factors: 
 
 
 def refine(
-    weight: Float64[Tensor, "g o i *taps"], wiring: Wiring, factors: Factors, moment: Moment, *, steps: int = STEPS
+    weight: Float64[Tensor, "g o i *taps"],
+    wiring: Wiring,
+    factors: Factors,
+    moment: Moment,
+    *,
+    steps: int = STEPS,
+    whitening: Whitening | None = None,
 ) -> Factors:
-    """The factors fitted in the metric, starting from `factors`; never worse there than they are."""
+    """The factors fitted in the metric, starting from `factors`; never worse there than they are.
+
+    `whitening` is that of the moment on the weight, where it is at hand.
+    """
     scale = float(moment.energy(weight))
     if scale <= 0 or steps == 0:
         return factors
@@ -57,7 +66,8 @@ def refine(
             (min(factors[1].shape[-1], *weight.flatten(2).shape[1:]),)
         )
     else:
-        found = _whitely(weight, wiring, factors, moment, scale=scale, steps=steps)
+        whitening = whitening or Whitening.of(moment, weight)
+        found = _whitely(weight, wiring, factors, moment, whitening, scale=scale, steps=steps)
     if found[-1].shape != factors[-1].shape:
         return factors  # more components than are of any use
     better = metric_error(weight, wiring, found, moment) <= metric_error(weight, wiring, factors, moment)
@@ -68,9 +78,17 @@ def _is_large(weight: Tensor) -> bool:
     return weight.numel() * weight[0, 0].numel() > _EXACT
 
 
-def _whitely(weight: Tensor, wiring: Wiring, factors: Factors, moment: Moment, *, scale: float, steps: int) -> Factors:
+def _whitely(
+    weight: Tensor,
+    wiring: Wiring,
+    factors: Factors,
+    moment: Moment,
+    whitening: Whitening | None,
+    *,
+    scale: float,
+    steps: int,
+) -> Factors:
     """The factors after steps in whitened coordinates, where there are any."""
-    whitening = Whitening.of(moment, weight)
     if whitening is None:
         return _descended(weight, wiring, factors, moment, scale=scale, steps=steps)
     found = _descended(

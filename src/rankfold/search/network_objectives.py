@@ -78,13 +78,6 @@ class NetworkObjective(Objective):
         with evaluating(self.model), torch.no_grad():
             return sum(float(self.batch_loss(batch, call) / len(chosen)) for batch in chosen)
 
-    @final
-    def loss_with(self, named: dict[str, Tensor]) -> float:
-        """The loss over all batches with other tensors for some parameters, by their names."""
-        with evaluating(self.model), torch.no_grad():
-            losses = [self.batch_loss(batch, partial(self._run, named)) for batch in range(len(self.batches))]
-        return sum(map(float, losses)) / len(losses)
-
     def _chosen(self, iteration: int) -> Sequence[int]:
         """The batches of an evaluation, by number."""
         return range(len(self.batches)) if self.together else [iteration % len(self.batches)]
@@ -95,10 +88,7 @@ class NetworkObjective(Objective):
             f"{curve.layer.name}.weight".lstrip("."): module_weight(curve.layer, weight)
             for curve, weight in zip(curves, weights, strict=True)
         }
-        return partial(self._run, named)
-
-    def _run(self, named: dict[str, Tensor], inputs: Inputs) -> Any:
-        return run_with(self.model, named, inputs)
+        return partial(run_with, self.model, named)
 
     def _amount(self) -> str:
         """How much data there is, in words, with a sum that tells one set of batches from another."""

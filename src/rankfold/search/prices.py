@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rankfold.decompositions import expand, is_matrix, reconstruct, wiring_of
+from rankfold.decompositions import Expansion, expand, is_matrix, reconstruct, wiring_of
 from rankfold.decompositions.interpolative import entries, interpolated, padded
 from rankfold.decompositions.metric import IDENTITY, Moment
 from rankfold.network.kinds import module_weight, weight_of
@@ -60,7 +60,7 @@ def priced(
     """The curves and widths with prices, from the divergence of the network's outputs on a few inputs."""
     specs = {curve.layer.name: curve.layer for curve in curves}
     parts: list[Callable[[], Iterator[Trial]]] = [
-        *(partial(_of_layer, model, curve, moments) for curve in curves),
+        *(partial(_of_layer, model, curve, _matrix(model, curve, moments)) for curve in curves),
         *(partial(_of_width, model, width, specs, moments) for width in widths),
     ]
     sums = [dict[float, float]() for _ in parts]
@@ -117,16 +117,23 @@ def _prices(found: Sequence[Mapping[float, float]]) -> list[Price]:
     ]
 
 
-def _of_layer(model: nn.Module, curve: Curve, moments: Mapping[str, Moment]) -> Iterator[Trial]:
-    """A layer at low ranks; nothing where nothing can become of it."""
-    if len(curve) < 2 or curve.layer.shape.depthwise or curve.layer.shape.routed:
+def _matrix(model: nn.Module, curve: Curve, moments: Mapping[str, Moment]) -> Expansion | None:
+    """A layer's weight as a matrix in its metric; None where nothing can become of the layer."""
+    layer = curve.layer
+    if len(curve) < 2 or layer.shape.depthwise or layer.shape.routed:
+        return None
+    if curve.exact is not None and is_matrix(wiring_of("svd", layer.shape)):
+        return curve.exact
+    weight = weight_of(model.get_submodule(layer.name))
+    return expand("svd", weight, layer.shape, moments.get(layer.name, IDENTITY))
+
+
+def _of_layer(model: nn.Module, curve: Curve, expansion: Expansion | None) -> Iterator[Trial]:
+    """A layer at low ranks of its matrix."""
+    if expansion is None:
         return
-    layer, moment = curve.layer, moments.get(curve.layer.name, IDENTITY)
-    weight, wiring = weight_of(model.get_submodule(layer.name)), wiring_of("svd", layer.shape)
-    expansion = (
-        curve.exact if curve.exact is not None and is_matrix(wiring) else expand("svd", weight, layer.shape, moment)
-    )
-    (grid,) = expansion.grids()
+    layer, (grid,) = curve.layer, expansion.grids()
+    weight = weight_of(model.get_submodule(layer.name))
     for place in _nearest(grid.errors):
         rank = int(grid.ranks[0][place])
         low = reconstruct(expansion.wiring, expansion.factors((rank,))).to(weight)

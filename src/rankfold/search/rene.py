@@ -32,7 +32,7 @@ from rankfold.search.objective import Objective, Reconstruction
 from rankfold.search.problem import ERROR, Problem, Selection, check_feasible
 from rankfold.search.relaxation import Relaxed, cooled, entropy
 from rankfold.search.rounding import rounded
-from rankfold.search.settle import GUESSES, unsettled, visited
+from rankfold.search.settle import GUESSES, grounded, known, unsettled, visited
 from rankfold.search.trace import Step, Trace, step_from_dict
 
 HOT, COLD = 0.1, 1e-4
@@ -103,9 +103,9 @@ class _Run:
     def _narrow(self) -> None:
         """Gives up candidates that would keep the search from ending."""
         if self.stage >= STAGES:
-            self.problem = replace(self.problem, curves=tuple(curve.known() for curve in self.problem.curves))
+            self.problem = known(self.problem)
         elif self.stage >= GUESSES:
-            self.problem = replace(self.problem, curves=tuple(curve.grounded() for curve in self.problem.curves))
+            self.problem = grounded(self.problem)
 
     def _cool(self) -> tuple[int, ...]:
         """One stage: from a spread-out distribution to one candidate per layer."""

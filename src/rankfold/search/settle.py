@@ -45,11 +45,21 @@ def settle(problem: Problem, search: Search, progress: Progress = silent) -> Sel
         progress("fitting candidates", 0, left, f"refinement {turn + 1}")
         problem = visited(problem, wanted, progress)
         if turn + 1 == GUESSES:
-            problem = replace(problem, curves=tuple(curve.grounded() for curve in problem.curves))
+            problem = grounded(problem)
     else:
-        problem = replace(problem, curves=tuple(curve.known() for curve in problem.curves))
+        problem = known(problem)
         selection = search(problem, progress)
     return replace(selection, curves=problem.curves)
+
+
+def grounded(problem: Problem) -> Problem:
+    """The problem without candidates that are only bounded from below."""
+    return replace(problem, curves=tuple(curve.grounded() for curve in problem.curves))
+
+
+def known(problem: Problem) -> Problem:
+    """The problem with the candidates alone whose errors are known."""
+    return replace(problem, curves=tuple(curve.known() for curve in problem.curves))
 
 
 def _hopeful(curve: Curve, chosen: int, cost: FloatArray, slack: float) -> list[int]:
