@@ -78,6 +78,12 @@ def test_prices_go_through_what_was_measured() -> None:
     assert (np.diff(price.of(errors)) > 0).all()
 
 
+def test_beyond_what_was_measured_prices_rise_at_least_in_proportion() -> None:
+    for price in (Price((0.02, 0.1), (0.01, 0.012)), Price((0.02,), (0.01,))):
+        far, twice = price.of(np.array([0.4, 0.8]))
+        assert twice == pytest.approx(2 * far)
+
+
 def test_without_a_price_errors_count_as_they_are() -> None:
     errors = np.array([0.0, 0.3, 1.0])
     assert (Price().of(errors) == errors).all()

@@ -53,8 +53,8 @@ class Fit:
 class Price:
     """What errors cost the network, from what some were found to: `losses` at rising `errors`; without any, as much.
 
-    Between those found and beyond them it goes by a power of the error, of `SLOPES` alone; below the first it is in
-    proportion.
+    Between those found it goes by a power of the error, of `SLOPES` alone. Below the first it is in proportion, and
+    beyond the last at least that.
     """
 
     errors: tuple[float, ...] = ()
@@ -65,16 +65,16 @@ class Price:
         if not self.errors:
             return errors
         known, losses = np.log(self.errors), np.log(self.losses)
-        slopes = np.clip(np.diff(losses) / np.diff(known), *SLOPES)
+        slopes = [*np.clip(np.diff(losses) / np.diff(known), *SLOPES)]
         at = np.log(np.maximum(errors, 1e-300))
         found = losses[0] + np.minimum(at - known[0], 0.0)
-        for k, slope in enumerate(slopes):
-            end = known[k + 1] if k + 1 < len(slopes) else np.inf
-            found += slope * (np.clip(at, known[k], end) - known[k])
+        beyond = max([1.0, *slopes[-1:]])
+        for start, end, slope in zip(known, [*known[1:], np.inf], [*slopes, beyond], strict=True):
+            found += slope * (np.clip(at, start, end) - start)
         return np.where(errors > 0, np.exp(found), 0.0)
 
 
-SLOPES = (1.0, 3.0)
+SLOPES = (0.5, 3.0)
 """Powers of errors by which losses are taken to rise."""
 
 
