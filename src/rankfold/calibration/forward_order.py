@@ -16,17 +16,17 @@ calibration inputs differ from those of training.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import cast
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from rankfold.calibration.in_step import Networks, Place, in_step
 from rankfold.calibration.moments import MomentSum, patches_of, thinning_of
-from rankfold.decompositions import wiring_of
+from rankfold.decompositions import energy_of, wiring_of
 from rankfold.decompositions.metric import IDENTITY, Moment
 from rankfold.decompositions.refine import refine
 from rankfold.decompositions.wiring import LayerShape
@@ -40,6 +40,10 @@ from rankfold.progress import Progress, silent
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e3)
 """λ as a share of the mean square of the inputs: the one that two-fold cross-validation over examples prefers."""
+JUDGED = 64
+"""Outputs, at least, by which it is chosen, where there are so many."""
+LARGEST_EXACT = 1024
+"""Side of a moment up to which regressions on it are solved in float64."""
 LARGEST_CHANGE = 16.0
 """Most by which the variance that a batch norm holds is multiplied or divided."""
 
@@ -75,7 +79,8 @@ def refit_(
                 errors[layer.name] = narrowed_error(model, student, plan, layer, moment)
             else:
                 weight = weight_of(model.get_submodule(layer.name)).double()
-                errors[layer.name] = float(moment.energy(weight - found) / moment.energy(weight).clamp_min(1e-300))
+                lost = energy_of(weight - found, moment)
+                errors[layer.name] = lost / max(energy_of(weight, moment), 1e-300)
         progress("fitting in forward order", len(passes.places), len(passes.places))
     return plan.with_layers(tuple(replace(one, error=errors.get(one.name, one.error)) for one in plan.layers))
 
@@ -124,7 +129,7 @@ class _Pairs:
         square, cross = cast(Tensor, self.inputs.moment().joint), self.cross / max(self.inputs.positions, 1)
         if centred:
             mean = self.input_mean
-            return square - _outer(mean, mean), cross - _outer(self.output_mean, mean)
+            return square - _outer(mean, mean).to(square), cross - _outer(self.output_mean, mean)
         if bias is not None:
             cross = cross - _outer(bias.detach().double().cpu().reshape(len(cross), -1), self.input_mean)
         return square, cross
@@ -159,7 +164,7 @@ def _fitted(pair: Networks, place: Place, halves: tuple[_Pairs, _Pairs]) -> Floa
         seen = all(half.inputs.positions > 1 for half in halves)
         ridge = _best_ridge(weight, *(half.moments(centred, bias) for half in halves)) if seen else RIDGES[-1]
         square, cross = pairs.moments(centred, bias)
-        target = _regressed(weight, square, cross, [ridge])[0]
+        target = _regressed(weight, square, cross, ridge)
         if layer.decomposition is None:
             write_weight_(own, target)
         else:
@@ -171,36 +176,60 @@ def _fitted(pair: Networks, place: Place, halves: tuple[_Pairs, _Pairs]) -> Floa
 
 
 def _best_ridge(weight: Tensor, *halves: tuple[Tensor, Tensor]) -> float:
-    """The ridge with which what is fitted to one half of the examples is least wrong on the other."""
-    errors = torch.zeros(len(RIDGES), dtype=torch.float64)
-    for (square, cross), (other, crossed) in (halves, halves[::-1]):
-        for k, target in enumerate(_regressed(weight, square, cross, RIDGES)):
-            matrix = target.flatten(2)
-            errors[k] += ((matrix @ other - 2 * crossed) * matrix).sum()
-    return RIDGES[int(errors.argmin())]
+    """The ridge with which what is fitted to one half of the examples is least wrong on the other.
+
+    They are tried in turn from the middle one on, towards where it gets better.
+    """
+
+    def error(place: int) -> float:
+        if place not in known:
+            known[place] = 0.0
+            for (square, cross), (other, crossed) in (halves, halves[::-1]):
+                matrix = _regressed(weight, square, cross, RIDGES[place]).flatten(2).to(other)
+                known[place] += float(((matrix @ other - 2 * crossed) * matrix).sum())
+        return known[place]
+
+    dtype, step = _dtype_of(halves[0][0]), max(1, weight.shape[1] // JUDGED)
+    halves = tuple((square.to(dtype), cross[:, ::step].to(dtype)) for square, cross in halves)
+    weight = weight[:, ::step]
+    known: dict[int, float] = {}
+    best = len(RIDGES) // 2
+    for step in (-1, 1):
+        while 0 <= best + step < len(RIDGES) and error(best + step) < error(best):
+            best += step
+    return RIDGES[best]
 
 
 def _regressed(
     weight: Float64[Tensor, "g o i *taps"],
     square: Float64[Tensor, "g n n"],
     cross: Float64[Tensor, "g o n"],
-    ridges: Sequence[float],
-) -> list[Float64[Tensor, "g o i *taps"]]:
-    """T of the module's head for each ridge, a share of the mean square of the inputs."""
+    ridge: float,
+) -> Float64[Tensor, "g o i *taps"]:
+    """T of the module's head for a ridge, a share of the mean square of the inputs.
+
+    It is found as a change of W, which takes but few digits, so that large systems are solved in float32.
+    """
     mean = square.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     mean = torch.where(mean > 0, mean, 1.0)
-    flat, identity = weight.flatten(2), torch.eye(square.shape[-1], dtype=square.dtype)
-    square, found = _definite(square, min(ridges) / 2 * mean * identity), []
-    for share in ridges:
-        triangle = torch.linalg.cholesky(square + share * mean * identity)
-        found.append(torch.cholesky_solve((cross + share * mean * flat).mT, triangle).mT.reshape(weight.shape))
-    return found
+    dtype = _dtype_of(square)
+    flat, identity = weight.flatten(2), torch.eye(square.shape[-1], dtype=dtype)
+    square, cross, flat = square.to(dtype), cross.to(dtype), flat.to(dtype)
+    added = (ridge * mean).to(dtype) * identity
+    triangle, failed = torch.linalg.cholesky_ex(square + added)
+    if failed.any():
+        triangle = torch.linalg.cholesky(_definite(square) + added)
+    change = torch.cholesky_solve((cross - flat @ square).mT, triangle).mT
+    return weight + change.double().reshape(weight.shape)
 
 
-def _definite(square: Float64[Tensor, "g n n"], ridge: Tensor) -> Float64[Tensor, "g n n"]:
-    """A moment without the negative eigenvalues that rounding has given it, where a ridge does not make up for them."""
-    if not torch.linalg.cholesky_ex(square + ridge).info.any():
-        return square
+def _dtype_of(square: Tensor) -> torch.dtype:
+    """The dtype in which regressions on a moment are solved."""
+    return torch.float32 if square.shape[-1] > LARGEST_EXACT else torch.float64
+
+
+def _definite(square: Float[Tensor, "g n n"]) -> Float[Tensor, "g n n"]:
+    """A moment without the negative eigenvalues that rounding has given it."""
     values, vectors = torch.linalg.eigh(square)
     return (vectors * values.clamp_min(0)[:, None]) @ vectors.mT
 

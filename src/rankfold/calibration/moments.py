@@ -28,11 +28,13 @@ from rankfold.plan import LayerSpec
 from rankfold.progress import Progress, silent
 
 LARGEST_MOMENT = 4608
-"""Side of the largest moment kept whole (170 MB).
+"""Side of the largest moment kept whole (85 MB).
 
 A larger one is the Kronecker product of two; without taps a few rows stand for all of it, sums of patches with random
 signs, whose expected outer product is theirs (Johnson and Lindenstrauss; Woodruff, arXiv 1411.4357, section 2).
 """
+LARGEST_DOUBLE = 2048
+"""Side up to which a moment is in float64."""
 LARGEST_SKETCH = 1024
 """Rows that are kept of the inputs of a Linear whose moment is larger than that, patches or sums of them."""
 UNSEEN = 0.1
@@ -131,14 +133,15 @@ def patches_of(module: nn.Module, x: Tensor, thinning: slice = slice(None)) -> I
 
 
 class MomentSum:
-    """A running sum of outer products, in float64."""
+    """A running sum of outer products, in float64, or in float32 where they are large."""
 
     def __init__(self, layer: LayerShape) -> None:
         groups, inputs = layer.groups, layer.inputs
         taps = layer.params // (groups * layer.outputs * inputs)
         self.shape = (groups, inputs, taps)
         whole = inputs * taps <= LARGEST_MOMENT or layer.routed
-        self.joint = torch.zeros(groups, inputs * taps, inputs * taps, dtype=torch.float64) if whole else None
+        dtype = torch.float64 if inputs * taps <= LARGEST_DOUBLE else torch.float32
+        self.joint = torch.zeros(groups, inputs * taps, inputs * taps, dtype=dtype) if whole else None
         self.rows: list[Tensor] | None = None if whole or taps > 1 else []
         split = not whole and taps > 1
         self.inputs = torch.zeros(groups, inputs, inputs, dtype=torch.float64) if split else None
@@ -156,7 +159,7 @@ class MomentSum:
         if self.sum is not None:
             self.sum[places] += patches.sum(1).double().cpu()
         if self.joint is not None:
-            self.joint[places] += (patches.mT @ patches).double().cpu()
+            self.joint[places] += (patches.mT @ patches).cpu()
             return
         if self.rows is not None:
             self.rows.append(patches.float().cpu())

@@ -12,13 +12,14 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from rankfold.decompositions.als import alternate, balance, reconstruct, relative_error, scaled_gradients
+from rankfold.decompositions.als import alternate, balance, relative_error, scaled_gradients
+from rankfold.decompositions.contractions import is_polyadic, reconstruct
 from rankfold.decompositions.cp import CP
 from rankfold.decompositions.cp3 import CP3
-from rankfold.decompositions.damped import damped, is_polyadic, sensitivity
+from rankfold.decompositions.damped import damped, sensitivity
 from rankfold.decompositions.expansion import Decomposition, Expansion, Factors, Grid
 from rankfold.decompositions.metric import IDENTITY, Moment
-from rankfold.decompositions.refine import STEPS, metric_error, refine
+from rankfold.decompositions.refine import STEPS, energy_of, metric_error, refine
 from rankfold.decompositions.ring import RING
 from rankfold.decompositions.spatial import SPATIAL
 from rankfold.decompositions.svd import SVD
@@ -38,6 +39,7 @@ __all__ = [
     "balance",
     "damped",
     "decomposition",
+    "energy_of",
     "expand",
     "family_of",
     "fit",
@@ -129,33 +131,13 @@ def fit(
     rounds = sweeps if sweeps is not None else decomposition(name).sweeps if family_of(name, shape, ranks) else 0
     whitening = expansion.whitening if isinstance(expansion, WhitenedExpansion) else None
     if isinstance(expansion, WhitenedExpansion):
-        factors = _alternated_white(name, weight.double(), expansion, shape, ranks, rounds, starts)
+        white = _alternated(expansion.weight, expansion.inner, shape, ranks, rounds, starts)
+        factors = expansion.whitening.unwhitened(wiring, white)
     else:
         factors = _alternated(weight.double(), expansion, shape, ranks, rounds, starts)
     if moment is not IDENTITY:
         factors = refine(weight.double(), wiring, factors, moment, steps=steps, whitening=whitening)
     return balance(wiring, factors)
-
-
-def _alternated_white(
-    name: str,
-    weight: Tensor,
-    expansion: WhitenedExpansion,
-    shape: LayerShape,
-    ranks: Sequence[int],
-    rounds: int,
-    starts: int,
-) -> Factors:
-    """Factors after alternating least squares in whitened coordinates, of a CP after as many rounds in its own."""
-    wiring, whitening = expansion.wiring, expansion.whitening
-    if not is_polyadic(wiring):
-        white = _alternated(expansion.weight, expansion.inner, shape, ranks, rounds, starts)
-    else:
-        own = decomposition(name).expand(weight, wiring, False)
-        plain = _alternated(weight, own, shape, ranks, rounds - rounds // 2, starts)
-        start = whitening.whitened_factors(wiring, plain)
-        white = alternate(expansion.weight, wiring, start, sweeps=rounds // 2)
-    return whitening.unwhitened(wiring, white)
 
 
 def _alternated(

@@ -1,44 +1,35 @@
-"""Contractions over a wiring's letters, and alternating least squares on its factors.
+"""Alternating least squares on the factors of any wiring.
 
 Every wiring is linear in each of its factors, so one solver serves all: with the others fixed, the best factor solves
 the normal equations F·Γ = R, where R is the weight contracted with the others and Γ their Gram matrix over the bonds
 they share with F. Where the others fall into parts that share no bond (left and right of a train's factor), Γ is the
 Kronecker product of the parts' Gram matrices, and is applied part by part. Kolda and Bader, SIAM Review 51 (2009),
 sections 3.4 and 4.2; Kroonenberg and De Leeuw (1980) for the Tucker case.
-
-Contractions go pair by pair, smallest result first, so that the Khatri-Rao product of all other factors, which is as
-large as the weight times the rank, is never formed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from rankfold.decompositions.contractions import contract, is_polyadic, reconstruct, weight_axes
 from rankfold.decompositions.expansion import Factors
-from rankfold.decompositions.wiring import TAPS, Wiring
+from rankfold.decompositions.wiring import Wiring
 
-LARGEST_DOUBLE = 2**20
+LARGEST_DOUBLE = 2**18
 """Entries of a weight up to which it is multiplied by factors in float64, beyond in float32; solves are in float64."""
+WORK = 2**30
+"""MACs of the weight times a factor up to which all rounds are made, beyond in inverse proportion fewer."""
+FEWEST = 4
+"""Rounds at least."""
 LARGEST_GRAM = 1536
 """Side of the largest Gram matrix that is solved with (19 MB); a factor with a larger one keeps its start."""
 
 _RIDGE = 1e-12
-
-
-def weight_axes(wiring: Wiring) -> str:
-    """The letters of a weight that this wiring reproduces, in the order (o, i, taps)."""
-    return "oi" + "".join(axis for axis in TAPS if any(axis in factor for factor in wiring.factors))
-
-
-def reconstruct(wiring: Wiring, factors: Factors) -> Float[Tensor, "g o i *taps"]:
-    """The weight that the factors stand for, in their dtype; differentiable in them."""
-    return _contract(list(zip(wiring.factors, factors, strict=True)), weight_axes(wiring))
 
 
 def relative_error(weight: Float64[Tensor, "g o i *taps"], wiring: Wiring, factors: Factors) -> float:
@@ -63,7 +54,7 @@ def alternate(
     Each round starts from a point extrapolated along the last step, with Nesterov's growing weights, and falls back to
     the plain point when that made the error rise (Mitchell, Ye and De Sterck, arXiv 1810.05846). For CP on
     convolutions this takes a third to a quarter of the rounds. Stops when a round lowers the squared relative error by
-    less than `tolerance` of itself. Never worse than the start.
+    less than `tolerance` of itself; of large weights there are fewer (`WORK`). Never worse than the start.
     """
     total = float(weight.square().sum())
     if total == 0 or sweeps == 0:
@@ -72,7 +63,8 @@ def alternate(
     error, momentum = relative_error(weight, wiring, factors), 0
     if damping:
         error += damping * term_energy(wiring, factors) / total
-    for _ in range(sweeps):
+    macs = weight.numel() * factors[-1][0].numel() // weight.shape[1]
+    for _ in range(max(min(sweeps, FEWEST), min(sweeps, sweeps * WORK // macs))):
         step = max(momentum - 1, 0) / (momentum + 2)
         start = [now + step * (now - before) for now, before in zip(current, previous, strict=True)]
         found, explained = _sweep(weight, wiring, start if step else list(current), damping)
@@ -117,7 +109,7 @@ def scaled_gradients(wiring: Wiring, factors: Factors, gradients: Sequence[Tenso
                 mean = (_trace(part, bonds) / side).clamp_min(torch.finfo(gradient.dtype).tiny)
                 gradient = gradient / mean.reshape(-1, *[1] * (gradient.ndim - 1)) / (1 + ridge)
             else:
-                gram = _gram(part, bonds, side)
+                gram = _gram(part, bonds)
                 gradient = _apply_inverse(gram, gradient, letters, bonds, ridge=ridge, definite=True)
         found.append(gradient)
     return tuple(found)
@@ -142,34 +134,63 @@ def balance(wiring: Wiring, factors: Factors) -> Factors:
 
 def _sweep(weight: Tensor, wiring: Wiring, factors: list[Tensor], damping: float) -> tuple[Factors, float]:
     """Every factor solved for in turn, and the energy of the weight that the outcome explains."""
+    if is_polyadic(wiring):
+        return _polyadic_sweep(weight, wiring, factors, damping)
     explained = 0.0
     for position in range(len(factors)):
-        solution, projection = _solve(weight, wiring, factors, position, damping)
+        solution, projection = _solve(weight, wiring, factors, position)
         if solution is not None:
             factors[position], explained = solution, projection
     return tuple(factors), explained
 
 
+def _polyadic_sweep(weight: Tensor, wiring: Wiring, factors: list[Tensor], damping: float) -> tuple[Factors, float]:
+    """A sweep over a CP, in which what its factors have in common is computed once.
+
+    The Gram matrix of the others is the product of their own, entry by entry, and the weight contracted with the last
+    factor, which takes most of the work, serves all before it (Phan, Tichavský and Cichocki, arXiv 1204.1586).
+    """
+    bond, spelled, whole = wiring.bonds[0], wiring.factors, (weight_axes(wiring), weight.to(_narrow(weight)))
+    if factors[0].shape[1 + spelled[0].index(bond)] > LARGEST_GRAM:
+        return tuple(factors), 0.0
+    grams = [_gram([(spelled[k], factors[k])], bond) for k in range(len(factors))]
+    nodes = [(letters, factor.to(whole[1])) for letters, factor in zip(spelled, factors, strict=True)]
+    last, explained = len(factors) - 1, 0.0
+    axes = whole[0].replace("o", "") + spelled[last].replace("o", "")
+    head = (axes, contract([whole, nodes[last]], axes))
+    for position, letters in enumerate(spelled):
+        others = [head, *nodes[:last]] if position < last else [whole, *nodes]
+        right = contract([one for one in others if one[0] != letters], letters).to(weight.dtype)
+        gram = torch.stack([one for k, one in enumerate(grams) if k != position]).prod(0)
+        gram.diagonal(dim1=-2, dim2=-1).mul_(1 + damping)  # the energies of the terms, without this factor
+        factors[position] = _apply_inverse(gram, right, letters, bond)
+        explained = float((factors[position] * right).sum())
+        grams[position] = _gram([(letters, factors[position])], bond)
+        nodes[position] = (letters, factors[position].to(whole[1]))
+    return tuple(factors), explained
+
+
 def _solve(
-    weight: Tensor, wiring: Wiring, factors: Sequence[Tensor], position: int, damping: float
+    weight: Tensor, wiring: Wiring, factors: Sequence[Tensor], position: int
 ) -> tuple[Tensor, float] | tuple[None, float]:
     """The best factor at `position` with the others fixed, and its inner product with the right-hand side.
 
-    That product is the energy of the weight it explains, less the damping. None where a Gram matrix is too large.
+    That product is the energy of the weight it explains. None where a Gram matrix is too large.
     """
     letters = wiring.factors[position]
     others = [(wiring.factors[k], factor) for k, factor in enumerate(factors) if k != position]
-    dtype = weight.dtype if weight.numel() <= LARGEST_DOUBLE else torch.float32
-    network = [(axes, tensor.to(dtype)) for axes, tensor in [(weight_axes(wiring), weight), *others]]
-    solution = right = _contract(network, letters).to(weight.dtype)
-    for number, (part, bonds, side) in enumerate(_parts(letters, others, right)):
+    network = [(axes, tensor.to(_narrow(weight))) for axes, tensor in [(weight_axes(wiring), weight), *others]]
+    solution = right = contract(network, letters).to(weight.dtype)
+    for part, bonds, side in _parts(letters, others, right):
         if side > LARGEST_GRAM:
             return None, 0.0
-        gram = _gram(part, bonds, side)
-        if damping and number == 0:  # the diagonal of CP's: the energies of the terms, without this factor
-            gram.diagonal(dim1=-2, dim2=-1).mul_(1 + damping)
-        solution = _apply_inverse(gram, solution, letters, bonds)
+        solution = _apply_inverse(_gram(part, bonds), solution, letters, bonds)
     return solution, float((solution * right).sum())
+
+
+def _narrow(weight: Tensor) -> torch.dtype:
+    """The dtype in which a weight is multiplied by factors."""
+    return weight.dtype if weight.numel() <= LARGEST_DOUBLE else torch.float32
 
 
 def _parts(
@@ -182,15 +203,16 @@ def _parts(
         yield part, bonds, math.prod(factor.shape[1 + letters.index(bond)] for bond in bonds)
 
 
-def _gram(part: Sequence[tuple[str, Tensor]], bonds: str, side: int) -> Float[Tensor, "g n n"]:
+def _gram(part: Sequence[tuple[str, Tensor]], bonds: str) -> Float[Tensor, "g n n"]:
     """Gram matrix of a part of the network over its open `bonds`: the part contracted with itself."""
-    gram = _contract(_doubled(part, ""), bonds + "".join(_prime(bond) for bond in bonds))
+    gram = contract(_doubled(part, ""), bonds + "".join(_prime(bond) for bond in bonds))
+    side = math.prod(gram.shape[1 : 1 + len(bonds)])
     return gram.reshape(len(gram), side, side)
 
 
 def _trace(part: Sequence[tuple[str, Tensor]], bonds: str) -> Float[Tensor, " g"]:
     """The trace of that matrix, which is never formed."""
-    return _contract(_doubled(part, bonds), "")
+    return contract(_doubled(part, bonds), "")
 
 
 def _doubled(part: Sequence[tuple[str, Tensor]], joined: str) -> list[tuple[str, Tensor]]:
@@ -238,76 +260,3 @@ def _connected(network: Sequence[tuple[str, Tensor]]) -> list[list[tuple[str, Te
         parts = [part for part in parts if part not in touching]
         parts.append([member for part in touching for member in part] + [node])
     return parts
-
-
-def _contract(network: Sequence[tuple[str, Tensor]], result: str) -> Tensor:
-    """The network of lettered tensors summed over every letter not in `result`, pair by pair.
-
-    Every tensor has a leading group axis, which is kept.
-    """
-    nodes = list(network)
-    for a, b, kept in _path(tuple(letters for letters, _ in nodes), tuple(t.shape[1:] for _, t in nodes), result):
-        merged = _pair(nodes[a], nodes[b], kept)
-        nodes = [node for k, node in enumerate(nodes) if k not in (a, b)] + [(kept, merged)]
-    (letters, tensor) = nodes[0]
-    return tensor.permute(0, *(1 + letters.index(letter) for letter in result))
-
-
-@lru_cache(maxsize=4096)
-def _path(
-    network: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], result: str
-) -> tuple[tuple[int, int, str], ...]:
-    """Which two to contract, again and again, and the letters to keep: always the pair of the smallest result."""
-    sizes = {
-        letter: size
-        for letters, shape in zip(network, shapes, strict=True)
-        for letter, size in zip(letters, shape, strict=True)
-    }
-    left, path = list(network), []
-    while len(left) > 1:
-        choices = []
-        for a in range(len(left)):
-            for b in range(a + 1, len(left)):
-                needed = result + "".join(letters for k, letters in enumerate(left) if k not in (a, b))
-                kept = "".join(letter for letter in dict.fromkeys(left[a] + left[b]) if letter in needed)
-                shares = any(letter in left[b] for letter in left[a])
-                choices.append((not shares, math.prod(sizes[letter] for letter in kept), a, b, kept))
-        _, _, a, b, kept = min(choices)
-        left = [letters for k, letters in enumerate(left) if k not in (a, b)] + [kept]
-        path.append((a, b, kept))
-    return tuple(path)
-
-
-def _pair(left: tuple[str, Tensor], right: tuple[str, Tensor], kept: str) -> Tensor:
-    """Two lettered tensors contracted to the letters `kept`.
-
-    Where one has all letters of the other, or nothing is summed, a broadcast product is much faster than the batched
-    matrix products that einsum would make of the letters they share.
-    """
-    equation, views, summed = _pair_plan(left[0], right[0], kept)
-    if equation:
-        return torch.einsum(equation, left[1], right[1])
-    first, second = (
-        tensor.permute(axes)[index] for (_, tensor), (axes, index) in zip((left, right), views, strict=True)
-    )
-    product = first * second
-    return product.flatten(1 + len(kept)).sum(-1) if summed else product
-
-
-@lru_cache(maxsize=4096)
-def _pair_plan(
-    left: str, right: str, kept: str
-) -> tuple[str, tuple[tuple[tuple[int, ...], tuple[slice | None, ...]], ...], bool]:
-    """An einsum equation; or, empty, for each tensor the permutation and indexing that align it, and whether to sum."""
-    union = "".join(dict.fromkeys(left + right))
-    summed = "".join(letter for letter in union if letter not in kept)
-    if summed and not (set(left) <= set(right) or set(right) <= set(left)):
-        names = {letter: chr(ord("b") + k) for k, letter in enumerate(union)}
-        first, second, output = ("a" + "".join(names[letter] for letter in axes) for axes in (left, right, kept))
-        return f"{first},{second}->{output}", (), False
-    order = kept + summed
-    views = []
-    for letters in (left, right):
-        axes = (0, *(1 + letters.index(letter) for letter in order if letter in letters))
-        views.append((axes, (slice(None), *(slice(None) if letter in letters else None for letter in order))))
-    return "", tuple(views), bool(summed)

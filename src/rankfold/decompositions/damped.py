@@ -9,7 +9,8 @@ entries grows in the weight, be it from a step of training or from rounding to a
 
 from __future__ import annotations
 
-from rankfold.decompositions.als import alternate, balance, reconstruct, term_energy
+from rankfold.decompositions.als import alternate, balance, term_energy
+from rankfold.decompositions.contractions import is_polyadic, reconstruct
 from rankfold.decompositions.expansion import Factors
 from rankfold.decompositions.wiring import Wiring
 
@@ -29,8 +30,3 @@ def damped(wiring: Wiring, factors: Factors, damping: float) -> Factors:
     weight = reconstruct(wiring, factors)
     found = alternate(weight, wiring, factors, sweeps=SWEEPS, tolerance=1e-4, damping=damping)
     return balance(wiring, found)
-
-
-def is_polyadic(wiring: Wiring) -> bool:
-    """Whether the wiring is a sum of rank-one terms of three axes or more: one bond, which every factor carries."""
-    return len(wiring.factors) > 2 and len(wiring.bonds) == 1 and all(wiring.bonds[0] in one for one in wiring.factors)

@@ -18,11 +18,11 @@ from torch import Tensor
 class Moment:
     """The second moment of a layer's patches, per group: E[x xᵀ], x in the order (inputs, taps).
 
-    Whole where `joint` is set, shape (g, n, n). Where that would be too large, it is taken to be the Kronecker product
-    of that of the inputs (g, i, i), the mean over taps, and that of the taps (g, t, t), the mean over inputs, divided
-    by the mean square; or, where there are no taps, it is rowsᵀ rows + ridge · 1 with a few `rows` (g, k, n), patches
-    or a sketch of them. Without any of them it is the identity. `positions` is how many patches were seen; `mean` is
-    E[x], where it is kept.
+    Whole where `joint` is set, shape (g, n, n), in float32 where it is large. Where that would be too large, it is
+    taken to be the Kronecker product of that of the inputs (g, i, i), the mean over taps, and that of the taps (g,
+    t, t), the mean over inputs, divided by the mean square; or, where there are no taps, it is rowsᵀ rows + ridge ·
+    1 with a few `rows` (g, k, n), patches or a sketch of them. Without any of them it is the identity. `positions`
+    is how many patches were seen; `mean` is E[x], where it is kept.
     """
 
     joint: Float[Tensor, "g n n"] | None = None
@@ -37,7 +37,8 @@ class Moment:
         """The moment about the mean, where it is known: what counts where a bias can take the mean."""
         if self.joint is None or self.mean is None:
             return self
-        return replace(self, joint=self.joint - self.mean[:, :, None] * self.mean[:, None, :])
+        mean = self.mean.to(self.joint)
+        return replace(self, joint=self.joint - mean[:, :, None] * mean[:, None, :])
 
     def of_groups(self, chosen: Int64[Tensor, " kept"]) -> Moment:
         """The moment of some groups."""
@@ -85,10 +86,11 @@ class Moment:
         if self.joint is None:
             return self
         share, size = self.shrinkage(), self.joint.shape[-1]
-        mean = self.joint.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-        identity = torch.eye(size, dtype=self.joint.dtype, device=self.joint.device)
+        mean = self.joint.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
         about = None if self.mean is None else (1 - share) ** 0.5 * self.mean
-        return replace(self, joint=(1 - share) * self.joint + share * mean * identity, mean=about)
+        mixed = (1 - share) * self.joint
+        mixed.diagonal(dim1=-2, dim2=-1).add_(share * mean)
+        return replace(self, joint=mixed, mean=about)
 
     def applied(self, residual: Float[Tensor, "g o i *taps"]) -> Tensor:
         """The residual times the moment, in the residual's shape, dtype and place."""

@@ -7,42 +7,49 @@ the inputs it spans orders of magnitude otherwise, and steps that suit the large
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from rankfold.decompositions.als import balance, reconstruct
+from rankfold.decompositions.als import balance
+from rankfold.decompositions.contractions import reconstruct
 from rankfold.decompositions.expansion import Factors
 from rankfold.decompositions.metric import Moment
+from rankfold.decompositions.projected import projected
 from rankfold.decompositions.weighted import WeightedExpansion, is_matrix
 from rankfold.decompositions.whitening import Whitening
 from rankfold.decompositions.wiring import Wiring
 
 _CHUNK = 2**24
 """Entries of the weight that an error is measured on at a time."""
-_EXACT = 2**31
-"""MACs of a product with the moment up to which it is taken in float64, beyond in float32."""
-STEPS = 60
-"""Steps of L-BFGS, at most."""
+LARGEST_EXACT = 2**31
+"""MACs of a product with the moment up to which it is taken in float64, and steps are; beyond it is in float32."""
+STEPS = 10
+"""Steps of L-BFGS, at most: sixty gain 1 to 3 % of the error more, and on large weights take most of the time."""
 
 
-def metric_error(weight: Float[Tensor, "g o i *taps"], wiring: Wiring, factors: Factors, moment: Moment) -> float:
+def metric_error(
+    weight: Float[Tensor, "g o i *taps"],
+    wiring: Wiring,
+    factors: Factors,
+    moment: Moment,
+    *,
+    energy: float | None = None,
+) -> float:
     """Squared relative error in the metric, E‖(W − Ŵ) x‖² / E‖W x‖²; zero where the layer's output is always zero.
 
-    In float64, but for large weights (`_EXACT`): some outputs at a time, in float32, which is as good for these errors.
+    In float64, but for large weights (`LARGEST_EXACT`): in float32, which is as good for these errors. `energy` is
+    `energy_of` the weight, where it is known.
     """
-    dtype = torch.float32 if _is_large(weight) else torch.float64
-    error = energy = 0.0
-    axis, step = 1 + wiring.factors[-1].index("o"), max(1, _CHUNK // max(weight[0, 0].numel() * len(weight), 1))
-    for start in range(0, weight.shape[1], step):
-        part = weight[:, start : start + step].to(dtype)
-        last = factors[-1].narrow(axis, start, part.shape[1])
-        rebuilt = reconstruct(wiring, tuple(factor.to(dtype) for factor in (*factors[:-1], last)))
-        error += float(moment.energy(part - rebuilt))
-        energy += float(moment.energy(part))
-    return max(error, 0.0) / max(energy, 1e-300) if error > 0 else 0.0
+    error = _lost(weight, wiring, factors, moment)
+    return error / max(energy_of(weight, moment) if energy is None else energy, 1e-300) if error > 0 else 0.0
+
+
+def energy_of(weight: Float[Tensor, "g o i *taps"], moment: Moment) -> float:
+    """E‖W x‖², summed over groups and outputs."""
+    return sum(float(moment.energy(part)) for _, part in _some_outputs(weight))
 
 
 def refine(
@@ -56,26 +63,47 @@ def refine(
 ) -> Factors:
     """The factors fitted in the metric, starting from `factors`; never worse there than they are.
 
+    The factors next to the outputs are solved for, then all descend by so many `steps`, but for those of large weights.
     `whitening` is that of the moment on the weight, where it is at hand.
     """
-    scale = float(moment.energy(weight))
-    if scale <= 0 or steps == 0:
-        return factors
     if is_matrix(wiring):
-        found = WeightedExpansion(weight, wiring, moment).factors(
-            (min(factors[1].shape[-1], *weight.flatten(2).shape[1:]),)
-        )
+        largest = min(factors[1].shape[-1], *weight.flatten(2).shape[1:])
+        found = WeightedExpansion(weight, wiring, moment).factors((largest,))
     else:
-        whitening = whitening or Whitening.of(moment, weight)
-        found = _whitely(weight, wiring, factors, moment, whitening, scale=scale, steps=steps)
+        dtype = _dtype_of(weight)
+        found = projected(weight, wiring, factors, moment, dtype=dtype)
+        if dtype == torch.float32:
+            return balance(wiring, found)
+        if steps and (scale := energy_of(weight, moment)) > 0:
+            whitening = whitening or Whitening.of(moment, weight)
+            found = _whitely(weight, wiring, found, moment, whitening, scale=scale, steps=steps)
+            found = projected(weight, wiring, found, moment, dtype=dtype)
     if found[-1].shape != factors[-1].shape:
         return factors  # more components than are of any use
-    better = metric_error(weight, wiring, found, moment) <= metric_error(weight, wiring, factors, moment)
+    better = _lost(weight, wiring, found, moment) <= _lost(weight, wiring, factors, moment)
     return balance(wiring, found) if better else factors
 
 
-def _is_large(weight: Tensor) -> bool:
-    return weight.numel() * weight[0, 0].numel() > _EXACT
+def _lost(weight: Tensor, wiring: Wiring, factors: Factors, moment: Moment) -> float:
+    """E‖(W − Ŵ) x‖², summed over groups and outputs."""
+    axis, error = 1 + wiring.factors[-1].index("o"), 0.0
+    for start, part in _some_outputs(weight):
+        last = factors[-1].narrow(axis, start, part.shape[1])
+        rebuilt = reconstruct(wiring, tuple(factor.to(part) for factor in (*factors[:-1], last)))
+        error += float(moment.energy(part - rebuilt))
+    return error
+
+
+def _some_outputs(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The weight for some outputs after another, from the first of them on, in the dtype of products."""
+    step = max(1, _CHUNK // max(weight[0, 0].numel() * len(weight), 1))
+    for start in range(0, weight.shape[1], step):
+        yield start, weight[:, start : start + step].to(_dtype_of(weight))
+
+
+def _dtype_of(weight: Tensor) -> torch.dtype:
+    """The dtype in which products of a weight with its moment are taken."""
+    return torch.float32 if weight.numel() * weight[0, 0].numel() > LARGEST_EXACT else torch.float64
 
 
 def _whitely(
@@ -114,14 +142,11 @@ def _descended(
         variables, max_iter=steps, history_size=20, line_search_fn="strong_wolfe", tolerance_change=1e-9
     )
 
-    dtype = torch.float32 if _is_large(weight) else weight.dtype
-    narrow = moment if moment.joint is None else replace(moment, joint=moment.joint.to(dtype))
-
     def closure() -> Tensor:
         optimiser.zero_grad()
         residual = weight - reconstruct(wiring, tuple(variables))
         with torch.no_grad():  # the one product with the moment gives the loss and, as that is symmetric, its gradient
-            pull = narrow.applied(residual.to(dtype)).to(weight.dtype)
+            pull = moment.applied(residual)
             loss = (pull * residual).sum() / scale
         residual.backward(pull * (2 / scale))
         return loss

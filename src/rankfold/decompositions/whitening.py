@@ -6,6 +6,11 @@ linear along each axis, so are its factors: what is fitted to the whitened weigh
 and alternating least squares included, is fitted to the weight in the metric once the axes are multiplied back. None of
 it takes products with all of Σ.
 
+Axes are multiplied by Σ^(p/2), p being the `POWER`. The factors that hold the outputs are solved for in the metric
+itself afterwards (`projected`), and those that lead to them are then best found between the weight's own norm and the
+metric (ResNet-50's `layer3.2.conv2`, `cp3` at 15 %, 26 rounds of least squares: squared errors of 0.0384, 0.0371,
+0.0368, 0.0375 and 0.0383 at p = 0, ¼, ½, ¾ and 1).
+
 Σ is taken about the mean, where that is known. Behind a ReLU the mean is most of Σ, and the same at every tap; with it
 the product holds patches for smoother than they are, and its factors are as far from the best as those of the Frobenius
 norm (ResNet-50's `layer2.1.conv2`, Tucker at 20 %: squared errors of 0.075, 0.023 and 0.022 before any step in the
@@ -22,11 +27,13 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from rankfold.decompositions.als import weight_axes
+from rankfold.decompositions.contractions import weight_axes
 from rankfold.decompositions.expansion import Expansion, Factors, Grid
 from rankfold.decompositions.metric import IDENTITY, Moment
 from rankfold.decompositions.wiring import Wiring
 
+POWER = 0.6
+"""Of the moments that axes are multiplied by the root of."""
 RIDGE = 1e-3
 """Share of the mean square that is added along every axis, for directions that hardly occur."""
 
@@ -121,10 +128,10 @@ def _along_axes(taps: Float64[Tensor, "g t t"], sizes: Sequence[int]) -> list[Te
 
 
 def _roots(square: Float64[Tensor, "g n n"]) -> tuple[Tensor, Tensor]:
-    """The symmetric root of a moment and its inverse; the identity where it is zero."""
+    """The symmetric root of a moment to the `POWER`, and its inverse; the identity where it is zero."""
     values, vectors = torch.linalg.eigh(square)
     mean = values.mean(-1, keepdim=True)
-    values = torch.where(mean > 0, values.clamp_min(0) + RIDGE * mean, 1.0).sqrt()
+    values = torch.where(mean > 0, values.clamp_min(0) + RIDGE * mean, 1.0) ** (POWER / 2)
     return (vectors * values[:, None]) @ vectors.mT, (vectors / values[:, None]) @ vectors.mT
 
 

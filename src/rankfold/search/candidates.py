@@ -22,6 +22,7 @@ from rankfold.decompositions import (
     DECOMPOSITIONS,
     Expansion,
     Grid,
+    energy_of,
     expand,
     family_of,
     fit,
@@ -42,8 +43,6 @@ Unbalanced ranks of Tucker reach a slightly lower error and a much lower accurac
 
 METRIC_KNOTS = 4
 """Candidates of a decomposition that are fitted, where errors are in a metric, before any search."""
-KNOT_STEPS = 10
-"""Steps of these fits."""
 
 
 @dataclass(frozen=True)
@@ -236,13 +235,12 @@ def _fitted(
     targets = size.max() + np.log(np.geomspace(1 / 16, 3 / 4, method.knots if moment is IDENTITY else METRIC_KNOTS))
     knots = np.unique([int(np.abs(size - target).argmin()) for target in targets])
     exact_weight = weight.double()
+    energy = energy_of(exact_weight, moment)
     fits = []
     for knot in knots:
         ranks = tuple(int(rank) for rank in candidates.ranks[knot])
         sweeps = method.sweeps // 3 if family_of(candidates.name, shape, ranks) else 0
-        factors = fit(
-            candidates.name, weight, shape, ranks, sweeps=sweeps, expansion=expansion, moment=moment, steps=KNOT_STEPS
-        )
-        reached = metric_error(exact_weight, expansion.wiring, factors, moment)
+        factors = fit(candidates.name, weight, shape, ranks, sweeps=sweeps, expansion=expansion, moment=moment, steps=0)
+        reached = metric_error(exact_weight, expansion.wiring, factors, moment, energy=energy)
         fits.append(Fit(ranks, int(params[knot]), float(reached / max(candidates.closed[knot], 1e-300))))
     return replace(candidates, errors=candidates.closed * ratios(params, fits), fits=tuple(fits))

@@ -1,0 +1,37 @@
+"""What holds the outputs is solved for exactly: no step of it lowers the error, in any wiring."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conformance.cases import CASES, NAMES  # type: ignore[import-not-found]
+from decompositions.test_refine import moment_of  # type: ignore[import-not-found]
+
+from rankfold.decompositions import expand, is_matrix, metric_error, wiring_of
+from rankfold.decompositions.contractions import reconstruct
+from rankfold.decompositions.projected import projected
+from rankfold.network.kinds import shape_of, weight_of
+
+SOME = [case for case in CASES if case.label in ("conv2d", "conv2d-grouped", "transposed2d", "conv3d")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "svd"])
+@pytest.mark.parametrize("case", SOME, ids=lambda case: case.label)
+def test_the_error_has_no_slope_along_what_holds_the_outputs(case, name: str, dtype: torch.dtype) -> None:
+    weight, shape, moment = weight_of(case.module).double(), shape_of(case.module), moment_of(case, 12)
+    wiring = wiring_of(name, shape)
+    assert not is_matrix(wiring)
+    ranks = [2 for _ in wiring.bonds]
+    start = expand(name, weight, shape).factors(ranks)
+    found = projected(weight, wiring, start, moment, dtype=dtype)
+    assert [one.shape for one in found] == [one.shape for one in start]
+    assert metric_error(weight, wiring, found, moment) < metric_error(weight, wiring, start, moment)
+    jointly = wiring.factors[-1] == "oB" and len(wiring.factors) == 3
+    for place in (-2, -1) if jointly else (-1,):
+        variables = list(found)
+        variables[place] = variables[place].detach().requires_grad_()
+        error = moment.energy(weight - reconstruct(wiring, tuple(variables))) / moment.energy(weight)
+        (slope,) = torch.autograd.grad(error, variables[place])
+        scale = float(found[place].norm()) / float(error.detach())
+        assert float(slope.norm()) * scale < (1e-3 if dtype == torch.float64 else 1e-2)
