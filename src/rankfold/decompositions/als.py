@@ -21,7 +21,7 @@ from rankfold.decompositions.expansion import Factors
 from rankfold.decompositions.wiring import Wiring
 
 LARGEST_DOUBLE = 2**18
-"""Entries of a weight up to which it is multiplied by factors in float64, beyond in float32; solves are in float64."""
+"""Entries of a weight up to which its factors are found in float64, beyond in float32: the errors are the same."""
 WORK = 2**30
 """MACs of the weight times a factor up to which all rounds are made, beyond in inverse proportion fewer."""
 FEWEST = 4
@@ -29,7 +29,7 @@ FEWEST = 4
 LARGEST_GRAM = 1536
 """Side of the largest Gram matrix that is solved with (19 MB); a factor with a larger one keeps its start."""
 
-_RIDGE = 1e-12
+_RIDGES = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
 def relative_error(weight: Float64[Tensor, "g o i *taps"], wiring: Wiring, factors: Factors) -> float:
@@ -59,7 +59,8 @@ def alternate(
     total = float(weight.square().sum())
     if total == 0 or sweeps == 0:
         return factors
-    previous = current = factors
+    wide, weight = weight.dtype, weight if weight.numel() <= LARGEST_DOUBLE else weight.float()
+    previous = current = factors = tuple(factor.to(weight) for factor in factors)
     error, momentum = relative_error(weight, wiring, factors), 0
     if damping:
         error += damping * term_energy(wiring, factors) / total
@@ -78,7 +79,7 @@ def alternate(
         previous, current = current, balance(wiring, found)
         if gain < tolerance * error:
             break
-    return current
+    return tuple(factor.to(wide) for factor in current)
 
 
 def term_energy(wiring: Wiring, factors: Factors) -> float:
@@ -124,7 +125,7 @@ def balance(wiring: Wiring, factors: Factors) -> Factors:
     norms = []
     for letters, factor in zip(wiring.factors, factors, strict=True):
         summed = [1 + axis for axis, letter in enumerate(letters) if letter not in common]
-        norms.append(torch.linalg.vector_norm(factor, dim=summed, keepdim=True).clamp_min(1e-150))
+        norms.append(torch.linalg.vector_norm(factor, dim=summed, keepdim=True).clamp_min(1e-38))
     flat = [norm.flatten(1) for norm in norms]  # (g, components): only the group and the common bonds are left
     mean = torch.stack([norm.log() for norm in flat]).mean(0).exp()
     return tuple(
@@ -150,23 +151,23 @@ def _polyadic_sweep(weight: Tensor, wiring: Wiring, factors: list[Tensor], dampi
     The Gram matrix of the others is the product of their own, entry by entry, and the weight contracted with the last
     factor, which takes most of the work, serves all before it (Phan, Tichavský and Cichocki, arXiv 1204.1586).
     """
-    bond, spelled, whole = wiring.bonds[0], wiring.factors, (weight_axes(wiring), weight.to(_narrow(weight)))
+    bond, spelled, whole = wiring.bonds[0], wiring.factors, (weight_axes(wiring), weight)
     if factors[0].shape[1 + spelled[0].index(bond)] > LARGEST_GRAM:
         return tuple(factors), 0.0
     grams = [_gram([(spelled[k], factors[k])], bond) for k in range(len(factors))]
-    nodes = [(letters, factor.to(whole[1])) for letters, factor in zip(spelled, factors, strict=True)]
+    nodes = list(zip(spelled, factors, strict=True))
     last, explained = len(factors) - 1, 0.0
     axes = whole[0].replace("o", "") + spelled[last].replace("o", "")
     head = (axes, contract([whole, nodes[last]], axes))
     for position, letters in enumerate(spelled):
         others = [head, *nodes[:last]] if position < last else [whole, *nodes]
-        right = contract([one for one in others if one[0] != letters], letters).to(weight.dtype)
+        right = contract([one for one in others if one[0] != letters], letters)
         gram = torch.stack([one for k, one in enumerate(grams) if k != position]).prod(0)
         gram.diagonal(dim1=-2, dim2=-1).mul_(1 + damping)  # the energies of the terms, without this factor
         factors[position] = _apply_inverse(gram, right, letters, bond)
         explained = float((factors[position] * right).sum())
         grams[position] = _gram([(letters, factors[position])], bond)
-        nodes[position] = (letters, factors[position].to(whole[1]))
+        nodes[position] = (letters, factors[position])
     return tuple(factors), explained
 
 
@@ -179,18 +180,12 @@ def _solve(
     """
     letters = wiring.factors[position]
     others = [(wiring.factors[k], factor) for k, factor in enumerate(factors) if k != position]
-    network = [(axes, tensor.to(_narrow(weight))) for axes, tensor in [(weight_axes(wiring), weight), *others]]
-    solution = right = contract(network, letters).to(weight.dtype)
+    solution = right = contract([(weight_axes(wiring), weight), *others], letters)
     for part, bonds, side in _parts(letters, others, right):
         if side > LARGEST_GRAM:
             return None, 0.0
         solution = _apply_inverse(_gram(part, bonds), solution, letters, bonds)
     return solution, float((solution * right).sum())
-
-
-def _narrow(weight: Tensor) -> torch.dtype:
-    """The dtype in which a weight is multiplied by factors."""
-    return weight.dtype if weight.numel() <= LARGEST_DOUBLE else torch.float32
 
 
 def _parts(
@@ -228,7 +223,7 @@ def _prime(bond: str) -> str:
 
 
 def _apply_inverse(
-    gram: Tensor, right: Tensor, letters: str, bonds: str, *, ridge: float = _RIDGE, definite: bool = False
+    gram: Tensor, right: Tensor, letters: str, bonds: str, *, ridge: float | None = None, definite: bool = False
 ) -> Tensor:
     """`right` with the inverse of `gram`, to which a share of its mean diagonal is added, applied along `bonds`.
 
@@ -239,6 +234,7 @@ def _apply_inverse(
     moved = right.permute(0, *order)
     scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(gram.dtype).tiny)[:, None, None]
     columns = moved.reshape(*gram.shape[:2], -1)
+    ridge = _RIDGES[gram.dtype] if ridge is None else ridge
     added = ridge * scale * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     triangle, failed = torch.linalg.cholesky_ex(gram + added)
     if not definite and failed.any():
