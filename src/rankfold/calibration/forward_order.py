@@ -64,14 +64,14 @@ def refit_(
     than once in a pass stay. `moments` are the metric of the plan's errors. Raises DataError for batches that do not
     fit the model.
     """
-    errors = {}
+    errors, place_of_ridge = {}, len(RIDGES) // 2
     skeleton = narrow_(sharing(model), plan.narrowings) if plan.narrowings else model
     pair = Networks(model, student, skeleton, plan)
     with evaluating(model), evaluating(student), in_step(pair, batches) as passes:
         for done, place in enumerate(passes.places):
             progress("fitting in forward order", done, len(passes.places))
             halves = _collected(pair, place, passes.seen(place), passes.active(place))
-            found = _fitted(pair, place, halves)
+            found, place_of_ridge = _fitted(pair, place, halves, place_of_ridge)
             if place.calls == 1:
                 _recentre_(pair, place, halves[0] + halves[1], found)
             layer, moment = place.layer, (moments or {}).get(place.layer.name, IDENTITY)
@@ -153,8 +153,13 @@ def _collected(
     return halves
 
 
-def _fitted(pair: Networks, place: Place, halves: tuple[_Pairs, _Pairs]) -> Float64[Tensor, "g o i *taps"]:
-    """The weight that a layer has once it is fitted to the sums, or that its factors stand for, as it is stored."""
+def _fitted(
+    pair: Networks, place: Place, halves: tuple[_Pairs, _Pairs], tried: int
+) -> tuple[Float64[Tensor, "g o i *taps"], int]:
+    """The weight that a layer has once it is fitted to the sums, or that its factors stand for, as it is stored.
+
+    The place of its ridge is sought from the one `tried` first, and returned.
+    """
     layer, pairs = place.layer, halves[0] + halves[1]
     module, own = (one.get_submodule(layer.name) for one in (pair.skeleton, pair.student))
     bias = cast("Tensor | None", own.bias)
@@ -162,7 +167,9 @@ def _fitted(pair: Networks, place: Place, halves: tuple[_Pairs, _Pairs]) -> Floa
     if pairs.inputs.joint is not None and bool(pairs.inputs.joint.any()):
         centred = place.calls == 1 and (bias is not None or place.norm is not None)
         seen = all(half.inputs.positions > 1 for half in halves)
-        ridge = _best_ridge(weight, *(half.moments(centred, bias) for half in halves)) if seen else RIDGES[-1]
+        if seen:
+            tried = _best_ridge(weight, tried, *(half.moments(centred, bias) for half in halves))
+        ridge = RIDGES[tried] if seen else RIDGES[-1]
         square, cross = pairs.moments(centred, bias)
         target = _regressed(weight, square, cross, ridge)
         if layer.decomposition is None:
@@ -172,13 +179,13 @@ def _fitted(pair: Networks, place: Place, halves: tuple[_Pairs, _Pairs]) -> Floa
             start = tuple(one.detach().double().cpu() for one in stage_factors(own, module, wiring, layer.ranks))
             fitted = refine(target, wiring, start, Moment(joint=square, positions=pairs.inputs.positions).shrunk())
             write_factors_(weights_of_stages(own), shape_of(module), wiring, fitted)
-    return composed_weight(own).detach().to(weight_of(module).device).double()
+    return composed_weight(own).detach().to(weight_of(module).device).double(), tried
 
 
-def _best_ridge(weight: Tensor, *halves: tuple[Tensor, Tensor]) -> float:
-    """The ridge with which what is fitted to one half of the examples is least wrong on the other.
+def _best_ridge(weight: Tensor, best: int, *halves: tuple[Tensor, Tensor]) -> int:
+    """The place of the ridge with which what is fitted to one half of the examples is least wrong on the other.
 
-    They are tried in turn from the middle one on, towards where it gets better.
+    It is sought from a first guess of it on, towards where it gets better.
     """
 
     def error(place: int) -> float:
@@ -193,11 +200,10 @@ def _best_ridge(weight: Tensor, *halves: tuple[Tensor, Tensor]) -> float:
     halves = tuple((square.to(dtype), cross[:, ::step].to(dtype)) for square, cross in halves)
     weight = weight[:, ::step]
     known: dict[int, float] = {}
-    best = len(RIDGES) // 2
     for step in (-1, 1):
         while 0 <= best + step < len(RIDGES) and error(best + step) < error(best):
             best += step
-    return RIDGES[best]
+    return best
 
 
 def _regressed(

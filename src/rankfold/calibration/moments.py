@@ -43,7 +43,7 @@ ENOUGH = 2**15
 """Patches of a convolution that are looked at in any case, where there are so many: neighbours overlap."""
 ENOUGH_ROWS = 2**17
 """Inputs of a Linear that are: no two tokens are alike."""
-PER_ENTRY = 16
+PER_ENTRY = 8
 """Patches that are looked at for each of their entries."""
 _CHUNK = 2**24
 """Entries of the patches that are cut out at a time."""
