@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from rankfold.budget import Budget, Cost
-from rankfold.calibration.forward_order import refit_
-from rankfold.calibration.moments import Calibration, calibrate
-from rankfold.calibration.synthetic import advice, synthetic_like
+from rankfold.calibration.asked import calibrated, provenance
+from rankfold.calibration.forward_order import refit_, with_errors
+from rankfold.calibration.moments import Calibration
+from rankfold.calibration.refining import refine_
 from rankfold.decompositions.metric import Moment
-from rankfold.errors import BudgetError, UnknownNameError
+from rankfold.errors import BudgetError
 from rankfold.network.checks import check_copies, check_model
 from rankfold.network.copies import duplicate, unwrapped
 from rankfold.network.costs import cost_of
 from rankfold.network.finding import Layers, find_layers
 from rankfold.network.opening import Opened, opened
-from rankfold.network.passes import Inputs, examples_in, parted
+from rankfold.network.passes import Inputs
 from rankfold.network.rehearsal import verified
 from rankfold.network.surgery import apply_plan
 from rankfold.plan import KNOWN_PLAN, Plan
@@ -33,10 +34,6 @@ from rankfold.search.trace import Trace
 from rankfold.search.widths import Width
 from rankfold.units import about_means, better, hidden_channels, measure_widths, with_metric, with_prices
 
-HELD_SHARE = 8
-"""Of how many calibration inputs one is held back from the moments where errors are priced on the network."""
-HELD_MOST = 64
-"""How many are held back at most."""
 FEWEST = 256
 """Calibration inputs from which on a network that lost channels keeps fits in forward order; fewer overfit."""
 APART = "layer by layer: in forward order there are too few inputs, or it agreed with the original less often"
@@ -77,6 +74,7 @@ def compress(
     calibration: str | Calibration | Iterable[Any] | None = "auto",
     calibration_samples: int | None = None,
     sequential: bool = True,
+    refine: int = 0,
     align: int | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
@@ -97,6 +95,9 @@ def compress(
     the original's outputs from the compressed network's inputs, and biases and batch norms are corrected, unless
     `sequential` is false or the budget limits the error. Where channels went, these fits are kept only if the network
     then agrees with the original as often as without.
+
+    With `refine`, blocks are then refined one after another by so many epochs of gradient descent on the calibration
+    inputs, towards what the original's give (`rankfold.calibration.refining`).
 
     With "interpolative" among the decompositions ("auto" has it), channels of hidden activations can go as well: the
     layers around them get narrower, and what reads them rebuilds the others (`rankfold.network.channels` says which
@@ -121,6 +122,7 @@ def compress(
         calibration=calibration,
         calibration_samples=calibration_samples,
         sequential=sequential,
+        refine=refine,
         align=align,
         include=include,
         exclude=exclude,
@@ -147,6 +149,7 @@ class Study:
     budget: Budget
     search: str | Search
     in_order: bool
+    refine: int
     whole_choice: bool
     settings: Mapping[str, Any]
     seconds: float
@@ -181,6 +184,7 @@ class Study:
             progress=progress,
         )
         student, plan = self._ordered(student, plan, progress)
+        plan = self._refined(student, plan, progress)
         plan = verified(self.model, student, plan, self.inputs)
         setattr(student, KNOWN_PLAN, plan)
         return Result(student, plan, self.seconds + time.perf_counter() - start, found.trace)
@@ -199,6 +203,16 @@ class Study:
             return student, plan
         return before, apart
 
+    def _refined(self, student: nn.Module, plan: Plan, progress: Progress) -> Plan:
+        """The plan after blocks were refined in place, where that is asked for, with what became of them."""
+        if not self.refine:
+            return plan
+        model, known = self.whole.model, self.known
+        found = refine_(student, model, plan, known.inputs, known.held, epochs=self.refine, progress=progress)
+        plan = with_errors(student, model, plan, {layer.name for layer in plan.changed}, known.moments)
+        blocks = {one.name: [one.before, one.after] for one in found}
+        return replace(plan, settings={**plan.settings, "refine_epochs": self.refine, "refined_blocks": blocks})
+
 
 def study(
     model: nn.Module,
@@ -210,6 +224,7 @@ def study(
     calibration: str | Calibration | Iterable[Any] | None = "auto",
     calibration_samples: int | None = None,
     sequential: bool = True,
+    refine: int = 0,
     align: int | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
@@ -220,6 +235,8 @@ def study(
     What is given is as in `compress`.
     """
     start = time.perf_counter()
+    if refine < 0:
+        raise BudgetError(f"refine {refine} must not be negative: it is a number of epochs, 0 for none")
     model = unwrapped(model)
     check_model(model)
     before = cost_of(model, example_inputs)
@@ -248,7 +265,7 @@ def study(
     if summed and (widths or known.held):
         curves, widths = with_prices(whole.model, curves, widths, known, progress)
     settings = {
-        **_provenance(known, in_order),
+        **provenance(known, in_order),
         "priced": any(one.price.errors for one in curves),
         "decomposition": _as_json(decomposition),
     }
@@ -265,6 +282,7 @@ def study(
         budget,
         search,
         in_order,
+        refine,
         include is not None,
         settings,
         time.perf_counter() - start,
@@ -273,60 +291,6 @@ def study(
 
 def _limits_error(budget: Budget) -> bool:
     return math.isfinite(budget.largest_error)
-
-
-def calibrated(
-    model: nn.Module,
-    layers: Layers,
-    example_inputs: Inputs,
-    given: str | Calibration | Iterable[Any] | None,
-    *,
-    samples: int | None,
-    of_weights: bool,
-    progress: Progress,
-) -> Calibration:
-    """The moments that `compress` is asked to go by; without any where errors are those of the weights.
-
-    With `of_weights` they are by default; otherwise some of the inputs are held back from the moments.
-    """
-    if isinstance(given, Calibration):
-        return given
-    reason = "asked for"
-    if given == "auto" and of_weights:
-        given, reason = (
-            "none",
-            "the budget limits the error, which is that of the weights unless calibration is asked for",
-        )
-    elif given == "auto":
-        given, reason = advice(model, example_inputs)
-    if given is None or given == "none":
-        return Calibration({}, {}, 0, "none", reason)
-    source = "synthetic inputs" if given == "synthetic" else "given inputs"
-    if given == "synthetic":
-        given = synthetic_like(model, example_inputs, samples, progress=progress)
-    elif isinstance(given, str):
-        raise UnknownNameError("calibration", given, ("auto", "none", "synthetic"))
-    batches = list(given) if isinstance(given, Iterator) else given  # the fits go over them again
-    batches, held = (batches, []) if of_weights else parted(batches, HELD_SHARE, HELD_MOST)
-    known = calibrate(model, layers.found, batches, source=source, reason=reason, progress=progress)
-    return replace(known, held=held)
-
-
-def _provenance(known: Calibration, in_order: bool) -> dict[str, Any]:
-    """What the plan says of its metric, and of how factors were fitted."""
-    if not known.batches:
-        return {"metric": "frobenius", "calibration": known.source, "calibration_reason": known.reason}
-    held = sum(map(examples_in, known.held))
-    return {
-        "metric": "second moments",
-        "calibration": known.source,
-        "calibration_reason": known.reason,
-        "calibration_batches": known.batches,
-        "calibration_samples": known.samples + held,
-        "calibration_held": held,
-        "frobenius_layers": sorted(known.missing),
-        "fitted": "in forward order" if in_order else "layer by layer",
-    }
 
 
 def _as_json(decomposition: Decompositions) -> str | list[str] | dict[str, str | list[str]]:

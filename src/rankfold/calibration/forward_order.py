@@ -16,7 +16,7 @@ calibration inputs differ from those of training.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from typing import cast
 
@@ -64,7 +64,7 @@ def refit_(
     than once in a pass stay. `moments` are the metric of the plan's errors. Raises DataError for batches that do not
     fit the model.
     """
-    errors, place_of_ridge = {}, len(RIDGES) // 2
+    place_of_ridge = len(RIDGES) // 2
     skeleton = narrow_(sharing(model), plan.narrowings) if plan.narrowings else model
     pair = Networks(model, student, skeleton, plan)
     with evaluating(model), evaluating(student), in_step(pair, batches) as passes:
@@ -74,15 +74,26 @@ def refit_(
             found, place_of_ridge = _fitted(pair, place, halves, place_of_ridge)
             if place.calls == 1:
                 _recentre_(pair, place, halves[0] + halves[1], found)
-            layer, moment = place.layer, (moments or {}).get(place.layer.name, IDENTITY)
-            if layer.narrowed:
-                errors[layer.name] = narrowed_error(model, student, plan, layer, moment)
-            else:
-                weight = weight_of(model.get_submodule(layer.name)).double()
-                lost = energy_of(weight - found, moment)
-                errors[layer.name] = lost / max(energy_of(weight, moment), 1e-300)
         progress("fitting in forward order", len(passes.places), len(passes.places))
-    return plan.with_layers(tuple(replace(one, error=errors.get(one.name, one.error)) for one in plan.layers))
+        fitted = {place.layer.name for place in passes.places}
+    return with_errors(student, model, plan, fitted, moments or {})
+
+
+def with_errors(
+    student: nn.Module, model: nn.Module, plan: Plan, changed: Set[str], moments: Mapping[str, Moment]
+) -> Plan:
+    """The plan with the errors that some of its layers have by now, in the metric of the moments."""
+    layers = []
+    for layer in plan.layers:
+        moment = moments.get(layer.name, IDENTITY)
+        if layer.name in changed and layer.narrowed:
+            layer = replace(layer, error=narrowed_error(model, student, plan, layer, moment))
+        elif layer.name in changed:
+            weight = weight_of(model.get_submodule(layer.name)).double()
+            lost = energy_of(weight - composed_weight(student.get_submodule(layer.name)).to(weight), moment)
+            layer = replace(layer, error=lost / max(energy_of(weight, moment), 1e-300))
+        layers.append(layer)
+    return plan.with_layers(tuple(layers))
 
 
 class _Pairs:

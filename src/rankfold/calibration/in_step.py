@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,7 @@ from rankfold.network.passes import Inputs, tensors_in
 from rankfold.network.tracing import followed
 from rankfold.plan import LayerPlan, Plan
 
+_Stop = TypeVar("_Stop")
 SHARE = 0.5
 """Part of the free memory that passes may hold while they wait."""
 LARGEST_SHARE = 2**31
@@ -145,11 +146,18 @@ def _in_order(model: nn.Module, plan: Plan, batches: Iterable[Inputs]) -> list[P
     for module in order:
         calls[owners[module]] = calls.get(owners[module], 0) + 1
     norms = {owners[module]: norm for module, norm in followers.items()}
-    memory, largest, allowed = min(free_memory() * SHARE, LARGEST_SHARE), 1, {}
-    for layer in reversed(calls):
-        largest = max(largest, 2 * HELD * held.get(layer, 0))
-        allowed[layer] = max(1, int(memory / largest))
+    allowed = most_waiting({layer: held.get(layer, 0) for layer in calls})
     return [Place(layer, count, norms.get(layer), allowed[layer]) for layer, count in calls.items()]
+
+
+def most_waiting(sizes: Mapping[_Stop, int]) -> dict[_Stop, int]:
+    """How many passes of both networks may wait in memory at every stop, by the bytes in and out of all from there."""
+    memory, largest = min(free_memory() * SHARE, LARGEST_SHARE), 1
+    allowed: dict[_Stop, int] = {}
+    for stop in reversed(list(sizes)):
+        largest = max(largest, 2 * HELD * sizes[stop])
+        allowed[stop] = max(1, int(memory / largest))
+    return {stop: allowed[stop] for stop in sizes}
 
 
 def free_memory() -> int:

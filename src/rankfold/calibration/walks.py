@@ -36,13 +36,13 @@ class Walk:
         self._started = self._over = self._ending = False
         self._error: BaseException | None = None
         self.place = -1
-        self.tensor: Tensor | None = None
+        self.value: Any = None
 
-    def to(self, place: int) -> Tensor | None:
-        """The tensor at a stop, where the pass then waits; None where it never comes by."""
+    def to(self, place: int) -> Any:
+        """What there is at a stop, where the pass then waits; None where it never comes by."""
         while not self._over and self.place < place:
             self._advance()
-        return self.tensor if self.place == place and not self._over else None
+        return self.value if self.place == place and not self._over else None
 
     def end(self) -> None:
         """Leaves the pass where it is."""
@@ -50,15 +50,15 @@ class Walk:
         if self._started and not self._over:
             self._advance()
 
-    def stop(self, place: int, tensor: Tensor) -> None:
+    def stop(self, place: int, value: Any) -> None:
         """Waits at a stop; called within the pass."""
         if place <= self.place:
             return
-        self.place, self.tensor = place, tensor
+        self.place, self.value = place, value
         state = _random_state()
         self._arrived.release()
         self._go.acquire()
-        self.tensor = None
+        self.value = None
         if self._ending:
             raise _Ended
         _set_random_state(state)
@@ -103,19 +103,23 @@ def walking(
     batches: Iterable[Inputs],
     *,
     outputs: bool,
+    arguments: bool = False,
 ) -> Iterator[list[Walk]]:
-    """Walks over batches, which stop at what goes into some modules, or at their `outputs`; ended when it is left."""
+    """Walks over batches, which stop at what goes into some modules, or at their `outputs`; ended when it is left.
+
+    What goes in is the first argument, or with `arguments` all of them, by position and by name.
+    """
 
     def before(place: int) -> Any:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             walk = _walks.get(threading.get_ident())
             if walk is not None:
-                walk.stop(place, args[0] if args else next(iter(kwargs.values())))
+                walk.stop(place, (args, kwargs) if arguments else args[0] if args else next(iter(kwargs.values())))
 
         return see
 
     def behind(place: int) -> Any:
-        def see(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             walk = _walks.get(threading.get_ident())
             if walk is not None:
                 walk.stop(place, output)

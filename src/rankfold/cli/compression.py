@@ -103,6 +103,10 @@ def compress(
         bool,
         typer.Option(help="Fit layers once more, in forward order, to the original's outputs from compressed inputs."),
     ] = True,
+    refine: Annotated[
+        int,
+        typer.Option(min=0, help="Epochs of descent on the calibration inputs, block by block, towards the original's."),
+    ] = 0,
     align: Annotated[
         int | None,
         typer.Option(
@@ -146,6 +150,7 @@ def compress(
             calibration_samples=calibration_samples,
             align=align,
             sequential=sequential,
+            refine=refine,
             include=include or None,
             exclude=exclude or (),
             progress=progress,

@@ -82,6 +82,17 @@ def parted(batches: Iterable[Inputs], share: int, most: int) -> tuple[list[Input
     return kept, ending
 
 
+def split(batches: Iterable[Inputs], most: int) -> list[Inputs]:
+    """Batches in parts of so many examples at most, where they can be told apart."""
+    found: list[Inputs] = []
+    for batch in batches:
+        size = examples_in(batch)
+        found += (
+            [_part(batch, slice(start, start + most)) for start in range(0, size, most)] if size > most else [batch]
+        )
+    return found
+
+
 def examples_in(inputs: Inputs) -> int:
     """How many examples a batch holds, where all its tensors agree on it; else one."""
     sizes = {len(one) for one in tensors_in(inputs) if one.ndim}

@@ -1,0 +1,75 @@
+"""What a user asked to be calibrated on, as moments, and what a plan says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from rankfold.calibration.moments import Calibration, calibrate
+from rankfold.calibration.synthetic import advice, synthetic_like
+from rankfold.errors import UnknownNameError
+from rankfold.network.finding import Layers
+from rankfold.network.passes import Inputs, examples_in, parted
+from rankfold.progress import Progress
+
+HELD_SHARE = 8
+"""Of how many calibration inputs one is held back from the moments where errors are priced on the network."""
+HELD_MOST = 64
+"""How many are held back at most."""
+
+
+def calibrated(
+    model: nn.Module,
+    layers: Layers,
+    example_inputs: Inputs,
+    given: str | Calibration | Iterable[Any] | None,
+    *,
+    samples: int | None,
+    of_weights: bool,
+    progress: Progress,
+) -> Calibration:
+    """The moments that `compress` is asked to go by; without any where errors are those of the weights.
+
+    With `of_weights` they are by default; otherwise some of the inputs are held back from the moments.
+    """
+    if isinstance(given, Calibration):
+        return given
+    reason = "asked for"
+    if given == "auto" and of_weights:
+        given, reason = (
+            "none",
+            "the budget limits the error, which is that of the weights unless calibration is asked for",
+        )
+    elif given == "auto":
+        given, reason = advice(model, example_inputs)
+    if given is None or given == "none":
+        return Calibration({}, {}, 0, "none", reason)
+    source = "synthetic inputs" if given == "synthetic" else "given inputs"
+    if given == "synthetic":
+        given = synthetic_like(model, example_inputs, samples, progress=progress)
+    elif isinstance(given, str):
+        raise UnknownNameError("calibration", given, ("auto", "none", "synthetic"))
+    batches = list(given) if isinstance(given, Iterator) else given  # the fits go over them again
+    batches, held = (batches, []) if of_weights else parted(batches, HELD_SHARE, HELD_MOST)
+    known = calibrate(model, layers.found, batches, source=source, reason=reason, progress=progress)
+    return replace(known, held=held)
+
+
+def provenance(known: Calibration, in_order: bool) -> dict[str, Any]:
+    """What the plan says of its metric, and of how factors were fitted."""
+    if not known.batches:
+        return {"metric": "frobenius", "calibration": known.source, "calibration_reason": known.reason}
+    held = sum(map(examples_in, known.held))
+    return {
+        "metric": "second moments",
+        "calibration": known.source,
+        "calibration_reason": known.reason,
+        "calibration_batches": known.batches,
+        "calibration_samples": known.samples + held,
+        "calibration_held": held,
+        "frobenius_layers": sorted(known.missing),
+        "fitted": "in forward order" if in_order else "layer by layer",
+    }

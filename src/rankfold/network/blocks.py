@@ -1,0 +1,68 @@
+"""Blocks: the modules that a network is a row of, as far as a pass shows that they can be looked at one by one.
+
+A block is what stands in a row (`nn.Sequential`, `nn.ModuleList`): residual blocks, transformer layers, the layers of a
+plain convolutional network, but not what holds more than half of all changed layers, which is looked into; and every
+changed layer that is in none is one of its own. It is called once in a pass, and what it gives is a tensor, or begins
+with one, that is as large in the student as in the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+from typing import Any
+
+from torch import Tensor, nn
+
+from rankfold.network.hooks import attached
+from rankfold.network.passes import Inputs, run, tensors_in
+
+
+def find_blocks(model: nn.Module, student: nn.Module, inputs: Inputs, changed: Set[str]) -> dict[str, int]:
+    """The blocks around some changed layers, by name in the order of their calls, with the bytes in and out of each."""
+    rows = list(_rows(model, "", changed))
+    inside = {next((row for row in rows if f"{name}.".startswith(f"{row}.")), name) for name in changed}
+    original, own = (_calls(one, inside, inputs) for one in (model, student))
+    return {
+        name: calls[0][1]
+        for name, calls in original.items()
+        if len(calls) == 1 and [shape for shape, _ in calls] == [shape for shape, _ in own.get(name, [])]
+    }
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The tensor that a block gives, or the first that it does, where that is one of floating numbers."""
+    found = next(iter(tensors_in(output)), None)
+    return found if found is not None and found.is_floating_point() else None
+
+
+def _rows(module: nn.Module, name: str, layers: Set[str]) -> Iterator[str]:
+    """The names of what stands in rows, outermost first, that holds no more than half of the layers."""
+    for part, child in module.named_children():
+        path = f"{name}.{part}".lstrip(".")
+        held = sum(f"{layer}.".startswith(f"{path}.") for layer in layers)
+        if _is_row(child) or not _is_row(module) or 2 * held > max(len(layers), 2):
+            yield from _rows(child, path, layers)
+        elif held:
+            yield path
+
+
+def _is_row(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Sequential, nn.ModuleList))
+
+
+def _calls(model: nn.Module, names: Set[str], inputs: Inputs) -> dict[str, list[tuple[Any, int]]]:
+    """For every module, in the order of their first calls, the shapes that it gave and the bytes of each call."""
+    found: dict[str, list[tuple[Any, int]]] = {}
+
+    def see(name: str) -> Any:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            given = first_tensor(output)
+            if given is not None:
+                size = sum(one.nbytes for one in tensors_in([*args, output]))
+                found.setdefault(name, []).append((given.shape, size))
+
+        return note
+
+    with attached(model.get_submodule(name).register_forward_hook(see(name), with_kwargs=True) for name in names):
+        run(model, inputs)
+    return found

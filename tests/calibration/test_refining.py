@@ -1,0 +1,111 @@
+"""Refining by blocks: outputs come closer on inputs it has not seen, and nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rankfold import Budget, compress
+from rankfold.calibration.refining import refine_
+from rankfold.files.artifact import load, save
+from rankfold.network.copies import duplicate
+
+
+class Block(nn.Module):
+    """A residual block that keeps what it is given in a cache it is called with, and works in place."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor, *, cache: list[Any]) -> torch.Tensor:
+        cache.append(x)
+        hidden = torch.relu_(self.first(nn.functional.layer_norm(x, x.shape[-1:])))
+        return x.add_(self.second(hidden) / len(cache))
+
+
+class Stack(nn.Module):
+    """Blocks in a row, between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Linear(6, 16), nn.ModuleList(Block(16) for _ in range(3))
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, cache = self.stem(x), list[Any]()
+        for block in self.blocks:
+            x = block(x, cache=cache)
+        return self.head(x)
+
+
+def made() -> nn.Module:
+    torch.manual_seed(0)
+    return Stack().eval()
+
+
+def inputs(seed: int, count: int = 160) -> torch.Tensor:
+    return torch.randn(count, 5, 6, generator=torch.Generator().manual_seed(seed)).cumsum(1)
+
+
+def distance(model: nn.Module, student: nn.Module, x: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float((model(x) - student(x)).square().sum() / model(x).square().sum())
+
+
+def compressed(model: nn.Module, refine: int, decomposition: Any = "svd") -> Any:
+    budget = Budget(params=0.5)
+    return compress(
+        model, inputs(2, 1), decomposition=decomposition, budget=budget, calibration=[inputs(0)], refine=refine
+    )
+
+
+@pytest.mark.parametrize("decomposition", ["svd", ["svd", "interpolative"]])
+def test_it_comes_closer_on_other_inputs_and_leaves_the_original_alone(decomposition: Any) -> None:
+    model = made()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plain, refined = compressed(model, 0, decomposition), compressed(model, 8, decomposition)
+    assert distance(model, refined.model, inputs(1)) < 0.9 * distance(model, plain.model, inputs(1))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert refined.after == plain.after
+    blocks = refined.plan.settings["refined_blocks"]
+    assert {"blocks.0", "blocks.1", "blocks.2"} <= set(blocks)
+    assert all(after <= before for before, after in blocks.values())
+    flags = [[one.requires_grad for one in result.model.parameters()] for result in (plain, refined)]
+    assert flags[0] == flags[1]
+    assert all(one.grad is None for one in refined.model.parameters())
+
+
+def test_it_is_deterministic_and_what_it_made_is_saved(tmp_path: Path) -> None:
+    model = made()
+    first, second = compressed(model, 3), compressed(model, 3)
+    x = inputs(1)
+    with torch.no_grad():
+        assert torch.equal(first.model(x), second.model(x))
+        save(first, tmp_path / "small")
+        assert torch.equal(load(tmp_path / "small", made())(x), first.model(x))
+
+
+def test_a_block_that_gains_nothing_on_held_inputs_stays_as_it_was() -> None:
+    """The student is the original itself: it cannot get better, only as good again."""
+    model = made()
+    plan, student = compressed(model, 0).plan, duplicate(model)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    found = refine_(student, model, plan, [inputs(0)], [inputs(3, 40)], epochs=2)
+    assert found
+    assert all(one.after == one.before for one in found)
+    assert refine_(student, model, plan, [inputs(0)], [], epochs=2) == []
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+
+
+def test_inputs_that_wait_in_memory_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    import rankfold.calibration.in_step as in_step
+
+    model, plain = made(), compressed(made(), 0)
+    monkeypatch.setattr(in_step, "LARGEST_SHARE", 1)
+    found = refine_(plain.model, model, plain.plan, [inputs(0)], [inputs(3, 40)], epochs=1)
+    assert {"blocks.0", "blocks.1", "blocks.2"} <= {one.name for one in found}
