@@ -211,6 +211,28 @@ def units(records: list[dict[str, Any]]) -> str:
     return "\n\n".join(rows_of(part, columns) for part, columns in parts if part)
 
 
+REFINING = {
+    "model": "network",
+    "method": "decomposition",
+    "macs_kept": "MACs kept",
+    "epochs": "epochs by blocks",
+    "top1": "top-1 %",
+    "lost": "points lost",
+    "blocks_improved": "blocks improved",
+    "seconds": "seconds",
+    "peak_gb": "GB",
+}
+"""The columns of the records of refining by blocks."""
+SPEED = {
+    "case": "job",
+    "what": "what",
+    "seconds": "seconds",
+    "peak_gb": "GB",
+    "score": "score",
+}
+"""The columns of the records of calibrated compression."""
+
+
 def fill(path: Path, marker: str, body: str) -> None:
     """Puts a text between a file's markers."""
     filled = f"<!-- {marker} -->\n{body}\n<!-- /{marker} -->"
@@ -312,6 +334,10 @@ def _fill_training() -> None:
             fill(ROOT / "docs" / f"{path}.md", marker, f"\n{facts(records)}\n\n{source(records)}")
     if records := gathered("units"):
         fill(ROOT / "docs" / "units.md", "units", f"\n{units(records)}\n\n{source(records)}")
+    for marker, columns in (("refining", REFINING), ("calibrated_speed", SPEED)):
+        if records := gathered(marker):
+            rows = sorted(records, key=lambda one: (one.get("model", ""), -one.get("budget", 0), one.get("epochs", 0)))
+            fill(ROOT / "docs" / "calibration.md", marker, f"\n{rows_of(rows, columns)}\n\n{source(records)}")
     for marker, belongs in FINE_TUNINGS.items():
         if part := [one for one in newest("finetune") if belongs(one)]:
             body = f"\n{fine_tunings(part)}\n\n{source(part)}"

@@ -239,6 +239,11 @@ def test_searches_objectives_and_limits_on_the_error(factory: str, npz: Path, tm
     assert json.loads(text)["calibration"] == "calibration: 8 given inputs (asked for); fitted in forward order"
     code, text, err = run(capsys, monkeypatch, *common, *ends, "--no-sequential", "--out", str(out))
     assert json.loads(text)["calibration"].endswith("fitted layer by layer")
+    code, text, err = run(capsys, monkeypatch, *common, *ends, "--refine", "2", "--out", str(out))
+    assert (code, err) == (0, "")
+    blocks = load_plan(out).settings["refined_blocks"]
+    gained = sum(after < before for before, after in blocks.values())
+    assert f"{gained} of {len(blocks)} blocks refined" in json.loads(text)["calibration"] or not gained
     code, text, err = run(capsys, monkeypatch, *common, "-b", "macs=0.5", "--out", str(out))
     assert "512 synthetic inputs (noise with the spectrum of images" in json.loads(text)["calibration"]
     code, text, err = run(capsys, monkeypatch, *common, *ends[:2], "--calibration", "none", "--out", str(out))

@@ -155,3 +155,15 @@ def test_a_network_out_of_reach_is_analysed_all_the_same():
     told = "\n".join(rendered(tables.analysis(report), 100))
     assert "it renormalises the rows that it reads" in told
     assert "in 0 layers" in told
+
+
+def test_what_became_of_refined_blocks_is_said() -> None:
+    known = {"metric": "second moments", "calibration": "given inputs", "calibration_samples": 64, "fitted": "apart"}
+
+    def said(blocks: dict[str, list[float]]) -> str:
+        return tables.calibration({**known, "refined_blocks": blocks}).partition("fitted apart")[2]
+
+    assert said({"a": [0.4, 0.3], "b": [0.2, 0.2]}) == "; 1 of 2 blocks refined, their errors 25 % lower"
+    assert said({"a": [0.4, 0.4]}) == "; no block gained by being refined"
+    assert said({}) == "; not refined: too few inputs to hold some back"
+    assert tables.calibration(known).endswith("fitted apart")

@@ -105,7 +105,7 @@ def compress(
     ] = True,
     refine: Annotated[
         int,
-        typer.Option(min=0, help="Epochs of descent on the calibration inputs, block by block, towards the original's."),
+        typer.Option(min=0, help="Epochs of descent on the calibration inputs, block by block."),
     ] = 0,
     align: Annotated[
         int | None,

@@ -111,9 +111,9 @@ def fit(
 ) -> Factors:
     """Factors (float64) of a weight (g, o, i, *taps) at `ranks`: the closed form, then alternating least squares.
 
-    With the `moment` of what goes into the layer all this is done in whitened coordinates, for a CP the first half in
-    those of the weight (from there it gets closer than from either alone, in as many rounds), and the factors are then
-    refined in the metric itself, by so many `steps` at most.
+    With the `moment` of what goes into the layer all this is done in coordinates half-way to those of the metric
+    (`whitening`); then what holds the outputs is solved for in the metric itself, and all factors are refined there, by
+    so many `steps` at most.
 
     `sweeps` overrides the decomposition's own. With more than one of `starts` the others are random, from fixed seeds,
     and the best outcome counts: where a weight has a small exact rank, alternating least squares from the closed form

@@ -1,8 +1,9 @@
 """Fitting factors in the metric of what goes into a layer: least E‖(W − Ŵ) x‖² instead of least ‖W − Ŵ‖².
 
-Matrices have a closed form (`weighted`). Everything else is refined by L-BFGS on all factors at once, from what closed
-forms or alternating least squares give, in coordinates in which the metric is nearly the identity (`whitening`): along
-the inputs it spans orders of magnitude otherwise, and steps that suit the largest do nothing for the rest.
+Matrices have a closed form (`weighted`). Of everything else, which closed forms or alternating least squares begin, the
+factors that hold the outputs are solved for (`projected`). Small weights then take a few steps of L-BFGS on all factors
+at once, in the coordinates of `whitening`: along the inputs the metric spans orders of magnitude, and steps that suit
+the largest do nothing for the rest.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ RIDGE = 1e-3
 
 @dataclass(frozen=True)
 class Whitening:
-    """Roots (g, n, n) of the moment along the inputs and each axis of taps, and their inverses."""
+    """Roots (g, n, n) of the moment to the `POWER` along the inputs and each axis of taps, and their inverses."""
 
     roots: tuple[Float64[Tensor, "g _ _"], ...]
     inverses: tuple[Float64[Tensor, "g _ _"], ...]
@@ -61,7 +61,7 @@ class Whitening:
         return cls(tuple(root for root, _ in pairs), tuple(inverse for _, inverse in pairs))
 
     def whitened(self, weight: Float[Tensor, "g o i *taps"]) -> Float64[Tensor, "g o i *taps"]:
-        """The weight in coordinates in which the metric is the Frobenius norm."""
+        """The weight in these coordinates."""
         found = weight.double()
         for place, root in enumerate(self.roots, 2):
             found = _multiplied(found, root, place)
@@ -76,7 +76,7 @@ class Whitening:
         return _along_letters(wiring, factors, self.roots)
 
     def left_of(self, moment: Moment, sizes: Sequence[int]) -> Moment:
-        """The metric of whitened weights with inputs and taps of such `sizes`: about the identity where this fits."""
+        """The metric in these coordinates, of weights with inputs and taps of such `sizes`."""
         if moment.joint is None:
             return IDENTITY
         square = moment.joint
@@ -89,7 +89,7 @@ class Whitening:
 
 
 class WhitenedExpansion(Expansion):
-    """An expansion of a weight that is whitened, with factors of the weight as it is; errors are in that metric."""
+    """An expansion of a whitened weight, with factors of the weight as it is; errors are those of the whitened one."""
 
     def __init__(self, weight: Float64[Tensor, "g o i *taps"], inner: Expansion, whitening: Whitening) -> None:
         self.wiring, self.weight, self.inner, self.whitening = inner.wiring, weight, inner, whitening
