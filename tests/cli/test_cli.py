@@ -214,6 +214,16 @@ def test_images_in_folders(tmp_path: Path, capsys, monkeypatch, factory: str):
     assert json.loads(text)["examples"] == 6
 
 
+def test_blocks_are_refined_where_that_is_asked_for(factory: str, npz: Path, tmp_path: Path, capsys, monkeypatch):
+    out, ends = tmp_path / "refined", ("--calibration", f"npz:{npz}", "--calibration-samples", "16", "--refine", "2")
+    common = ("compress", factory, "--input-shape", "3,8,8", "-d", "spatial", "--json", "-b", "macs=0.5")
+    code, text, err = run(capsys, monkeypatch, *common, *ends, "--out", str(out))
+    assert (code, err) == (0, "")
+    blocks = load_plan(out).settings["refined_blocks"]
+    gained = sum(after < before for before, after in blocks.values())
+    assert f"{gained} of {len(blocks)} blocks refined" in json.loads(text)["calibration"] or not gained
+
+
 def test_searches_objectives_and_limits_on_the_error(factory: str, npz: Path, tmp_path: Path, capsys, monkeypatch):
     common = ("compress", factory, "--input-shape", "3,8,8", "-d", "spatial", "--json")
     rene = ("--search", "rene", "-b", "macs=0.5")
@@ -239,11 +249,6 @@ def test_searches_objectives_and_limits_on_the_error(factory: str, npz: Path, tm
     assert json.loads(text)["calibration"] == "calibration: 8 given inputs (asked for); fitted in forward order"
     code, text, err = run(capsys, monkeypatch, *common, *ends, "--no-sequential", "--out", str(out))
     assert json.loads(text)["calibration"].endswith("fitted layer by layer")
-    code, text, err = run(capsys, monkeypatch, *common, *ends, "--refine", "2", "--out", str(out))
-    assert (code, err) == (0, "")
-    blocks = load_plan(out).settings["refined_blocks"]
-    gained = sum(after < before for before, after in blocks.values())
-    assert f"{gained} of {len(blocks)} blocks refined" in json.loads(text)["calibration"] or not gained
     code, text, err = run(capsys, monkeypatch, *common, "-b", "macs=0.5", "--out", str(out))
     assert "512 synthetic inputs (noise with the spectrum of images" in json.loads(text)["calibration"]
     code, text, err = run(capsys, monkeypatch, *common, *ends[:2], "--calibration", "none", "--out", str(out))
