@@ -83,7 +83,10 @@ def facts(records: list[dict[str, Any]]) -> str:
 
 def rows_of(records: list[dict[str, Any]], columns: dict[str, str]) -> str:
     """The chosen fields of records as a table under the given headings."""
-    return table(list(columns.values()), [[cell(one.get(key, "–")) for key in columns] for one in records])
+    return table(
+        list(columns.values()),
+        [[cell("–" if one.get(key) is None else one[key]) for key in columns] for one in records],
+    )
 
 
 def cell(value: Any) -> str:
