@@ -7,16 +7,16 @@ case being MODEL:DECOMPOSITIONS:BUDGET:EPOCHS; 0 epochs are without.
 
 from __future__ import annotations
 
-import resource
 from dataclasses import replace
 from itertools import groupby
 
 import torch
-from common import accuracy_record, keep, parser, require_data
-from units import images, opened
+from common import keep, parser, require_data
+from units import image_record, images, opened, studied
 
-from rankfold import Budget, study
+from rankfold import Budget
 from rankfold.evaluation import accuracy
+from rankfold.progress import silent
 
 CASES = tuple(
     f"{network}:{budget}:{epochs}"
@@ -37,39 +37,25 @@ def main() -> None:
     made.add_argument("--only", action="append", help="a case (repeatable)")
     arguments = made.parse_args()
     folder = require_data(arguments)
-    for (name, decomposition), cases in groupby(arguments.only or CASES, lambda case: tuple(case.split(":")[:2])):
+    for (name, _), cases in groupby(arguments.only or CASES, lambda case: tuple(case.split(":")[:2])):
         model = opened(folder, name).model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         scored, batches = images(folder, name, 500)
-        base, found = accuracy(model, scored), None
+        base, measured = accuracy(model, scored), None
         for case in cases:
-            budget, epochs = Budget(macs=float(case.split(":")[2])), int(case.split(":")[3])
-            found = found or study(
-                model,
-                torch.zeros(1, *batches[0].shape[1:]),
-                decomposition=decomposition.split(",") if "," in decomposition else decomposition,
-                budget=budget,
-                calibration=batches,
-            )
-            result = replace(found, refine=epochs).compress(budget)
-            reached = accuracy(result.model, scored)
+            measured = measured or studied(case, model, batches, batches, silent)
+            budget, epochs = case.split(":")[2:]
+            result = replace(measured, refine=int(epochs)).compress(Budget(macs=float(budget)))
             refined = result.plan.settings.get("refined_blocks", {})
-            entry = accuracy_record(
-                decomposition,
+            entry = image_record(
+                case,
                 result,
-                reached,
                 base,
-                case=case,
-                model=name,
-                data="CIFAR-10 test" if "cifar" in name else "ImageNet validation",
-                budget=float(case.split(":")[2]),
-                epochs=epochs,
-                lost=round(base.top1 - reached.top1, 2),
+                scored,
+                epochs=int(epochs),
                 blocks=len(refined),
                 blocks_improved=sum(after < before for before, after in refined.values()),
-                study_seconds=round(found.seconds, 1),
-                peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+                study_seconds=round(measured.seconds, 1),
             )
-            print(f"{case}: {entry['lost']} points lost, {entry['seconds']} s", flush=True)
             keep([entry])
 
 

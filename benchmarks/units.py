@@ -21,8 +21,9 @@ import torch
 from common import accuracy_record, keep, network, parser, record, require_data, unlabelled
 from torch import Tensor, nn
 
-from rankfold import Budget, Result, compress, study
-from rankfold.evaluation import accuracy, latency
+from rankfold import Budget, Result, Study, compress, study
+from rankfold.evaluation import Accuracy, accuracy, latency
+from rankfold.progress import Progress
 from rankfold.sources.data import Normalisation, open_dataset
 from rankfold.sources.models import Source, build_model, load_weights_
 from rankfold.sources.zoo import IMAGENET_MEAN, IMAGENET_STD
@@ -64,41 +65,58 @@ def images(folder: Path, name: str, count: int) -> tuple[Any, list[Tensor]]:
     return scored, unlabelled(folder, source, "cifar10/train.npz")
 
 
-def of_images(folder: Path, cases: Sequence[str], count: int, report: Callable[..., None]) -> None:
-    """Writes the records of a network of images at several budgets, which are all made of one study of it."""
-    name, decomposition, budget, *synthetic = cases[0].split(":")
-    model: Any = opened(folder, name).model
-    model.to(memory_format=torch.channels_last)
-    scored, batches = images(folder, name, count)
-    studied = study(
+def studied(case: str, model: nn.Module, batches: Sequence[Tensor], calibration: Any, report: Progress) -> Study:
+    """What is measured once of a network of images, whose case begins with MODEL:DECOMPOSITIONS:BUDGET."""
+    _, decomposition, budget = case.split(":")[:3]
+    return study(
         model,
         torch.zeros(1, *batches[0].shape[1:]),
         decomposition=decomposition.split(",") if "," in decomposition else decomposition,
         budget=Budget(macs=float(budget)),
-        calibration="synthetic" if synthetic else batches,
+        calibration=calibration,
         progress=report,
     )
+
+
+def image_record(case: str, result: Result, base: Accuracy, scored: Any, **more: Any) -> dict[str, Any]:
+    """The record of a network of images, whose case begins with MODEL:DECOMPOSITIONS:BUDGET."""
+    name, decomposition, budget = case.split(":")[:3]
+    reached = accuracy(result.model, scored)
+    return accuracy_record(
+        decomposition,
+        result,
+        reached,
+        base,
+        case=case,
+        model=name,
+        data="CIFAR-10 test" if "cifar" in name else "ImageNet validation",
+        budget=float(budget),
+        lost=round(base.top1 - reached.top1, 2),
+        **more,
+        peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    )
+
+
+def of_images(folder: Path, cases: Sequence[str], count: int, report: Progress) -> None:
+    """Writes the records of a network of images at several budgets, which are all made of one study of it."""
+    name, _, _, *synthetic = cases[0].split(":")
+    model: Any = opened(folder, name).model
+    model.to(memory_format=torch.channels_last)
+    scored, batches = images(folder, name, count)
+    measured = studied(cases[0], model, batches, "synthetic" if synthetic else batches, report)
     base = accuracy(model, scored)
     for case in cases:
-        budget = case.split(":")[2]
-        result = studied.compress(Budget(macs=float(budget)), progress=report)
-        reached = accuracy(result.model, scored)
-        found = accuracy_record(
-            decomposition,
+        result = measured.compress(Budget(macs=float(case.split(":")[2])), progress=report)
+        found = image_record(
+            case,
             result,
-            reached,
             base,
-            case=case,
-            model=name,
-            data="CIFAR-10 test" if "cifar" in name else "ImageNet validation",
-            budget=float(budget),
-            lost=round(base.top1 - reached.top1, 2),
+            scored,
             calibration=result.plan.settings["calibration"],
             calibration_samples=result.plan.settings["calibration_samples"],
             fitted=result.plan.settings["fitted"],
             narrowed=len(result.plan.narrowings),
             decomposed=len(result.plan.decomposed),
-            peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         )
         keep([found])
 

@@ -98,11 +98,20 @@ class _Examples:
     wanted: list[Tensor]
     held: int
 
-    def error(self, module: nn.Module, places: Sequence[int]) -> float:
-        """The squared relative error over some batches."""
+    @property
+    def seen(self) -> range:
+        """The places of the batches that are not held."""
+        return range(self.held, len(self.calls))
+
+    def error(self, module: nn.Module) -> float:
+        """The squared relative error over the held batches."""
         with torch.no_grad():
-            lost = sum(float(self.lost(module, place)) for place in places)
-        return lost / max(sum(float(self.wanted[place].square().sum()) for place in places), 1e-30)
+            lost = sum(float(self.lost(module, place)) for place in range(self.held))
+        return lost / max(self.energy(range(self.held)), 1e-30)
+
+    def energy(self, places: range) -> float:
+        """The square of what the block is to give, over some batches."""
+        return sum(float(self.wanted[place].square().sum()) for place in places)
 
     def lost(self, module: nn.Module, place: int) -> Tensor:
         """The squared error of a batch, differentiable in the module's parameters."""
@@ -115,14 +124,13 @@ def _descended(
     module: nn.Module, parameters: list[nn.Parameter], examples: _Examples, epochs: int
 ) -> tuple[float, float]:
     """A block's error on held batches before and after descent; its weights are those with the least."""
-    judged = range(examples.held)
-    seen = list(range(examples.held, len(examples.calls)))
-    before = best = examples.error(module, judged)
+    seen = examples.seen
+    before = best = examples.error(module)
     if not parameters or not math.isfinite(before):
         return before, before
     kept = [parameter.detach().clone() for parameter in parameters]
     flags = [parameter.requires_grad for parameter in parameters]
-    scale = sum(float(examples.wanted[place].square().sum()) for place in seen) / len(seen)
+    scale = examples.energy(seen) / len(seen)
     optimiser = torch.optim.Adam([parameter.requires_grad_() for parameter in parameters], betas=MOMENTA)
     generator, rate, total = torch.Generator().manual_seed(0), RATE, epochs * len(seen)
     for epoch in range(epochs):
@@ -136,7 +144,7 @@ def _descended(
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             optimiser.step()
-        now = examples.error(module, judged)
+        now = examples.error(module)
         if now < best:
             best, kept = now, [parameter.detach().clone() for parameter in parameters]
         else:

@@ -129,10 +129,11 @@ def fit(
         return balance(wiring, WeightedExpansion(weight, wiring, moment).factors(ranks))
     expansion = expansion or expand(name, weight, shape, moment)
     rounds = sweeps if sweeps is not None else decomposition(name).sweeps if family_of(name, shape, ranks) else 0
-    whitening = expansion.whitening if isinstance(expansion, WhitenedExpansion) else None
+    whitening = None
     if isinstance(expansion, WhitenedExpansion):
+        whitening = expansion.whitening
         white = _alternated(expansion.weight, expansion.inner, shape, ranks, rounds, starts)
-        factors = expansion.whitening.unwhitened(wiring, white)
+        factors = whitening.unwhitened(wiring, white)
     else:
         factors = _alternated(weight.double(), expansion, shape, ranks, rounds, starts)
     if moment is not IDENTITY:

@@ -154,20 +154,21 @@ def _polyadic_sweep(weight: Tensor, wiring: Wiring, factors: list[Tensor], dampi
     bond, spelled, whole = wiring.bonds[0], wiring.factors, (weight_axes(wiring), weight)
     if factors[0].shape[1 + spelled[0].index(bond)] > LARGEST_GRAM:
         return tuple(factors), 0.0
-    grams = [_gram([(spelled[k], factors[k])], bond) for k in range(len(factors))]
     nodes = list(zip(spelled, factors, strict=True))
     last, explained = len(factors) - 1, 0.0
+    grams = {position: _gram([nodes[position]], bond) for position in range(1, last + 1)}
     axes = whole[0].replace("o", "") + spelled[last].replace("o", "")
     head = (axes, contract([whole, nodes[last]], axes))
     for position, letters in enumerate(spelled):
         others = [head, *nodes[:last]] if position < last else [whole, *nodes]
         right = contract([one for one in others if one[0] != letters], letters)
-        gram = torch.stack([one for k, one in enumerate(grams) if k != position]).prod(0)
+        gram = torch.stack([grams[k] for k in range(last + 1) if k != position]).prod(0)
         gram.diagonal(dim1=-2, dim2=-1).mul_(1 + damping)  # the energies of the terms, without this factor
         factors[position] = _apply_inverse(gram, right, letters, bond)
         explained = float((factors[position] * right).sum())
-        grams[position] = _gram([(letters, factors[position])], bond)
         nodes[position] = (letters, factors[position])
+        if position < last:
+            grams[position] = _gram([nodes[position]], bond)
     return tuple(factors), explained
 
 
