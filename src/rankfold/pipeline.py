@@ -17,6 +17,7 @@ from rankfold.calibration.moments import Calibration
 from rankfold.calibration.refining import refine_
 from rankfold.decompositions.metric import Moment
 from rankfold.errors import BudgetError
+from rankfold.memory import PLENTY, limited
 from rankfold.network.checks import check_copies, check_model
 from rankfold.network.copies import duplicate, unwrapped
 from rankfold.network.costs import cost_of
@@ -76,6 +77,7 @@ def compress(
     sequential: bool = True,
     refine: int = 0,
     align: int | None = None,
+    memory: int | str | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
     progress: Progress = silent,
@@ -110,6 +112,9 @@ def compress(
     and a layer that cannot be replaced stays as it is, with the reason in the plan. Embeddings, whose factors cost what
     reading a row does not, are left whole unless they are included or the budget cannot be met without them.
 
+    `memory` limits what is taken besides the networks and the inputs: bytes, or a text such as "4GB"; by default half
+    of what is free. Where it is tight, moments are kept in files, and fewer passes wait in forward order.
+
     The result is never over budget and no layer is larger, in the budget's units, than it was. Deterministic: the same
     network and settings give the same plan. Raises a RankfoldError that says what to change.
     """
@@ -124,6 +129,7 @@ def compress(
         sequential=sequential,
         refine=refine,
         align=align,
+        memory=memory,
         include=include,
         exclude=exclude,
         progress=progress,
@@ -150,6 +156,7 @@ class Study:
     search: str | Search
     in_order: bool
     refine: int
+    memory: int
     whole_choice: bool
     settings: Mapping[str, Any]
     seconds: float
@@ -160,8 +167,11 @@ class Study:
         Raises BudgetError for a budget in other units, or if only one of the two limits the error, and where no plan
         meets it.
         """
+        with limited(self.memory):
+            return self._compressed(budget or self.budget, progress)
+
+    def _compressed(self, budget: Budget, progress: Progress) -> Result:
         start = time.perf_counter()
-        budget = budget or self.budget
         if budget.units != self.budget.units or _limits_error(budget) != _limits_error(self.budget):
             raise BudgetError(f"the study is of budgets like {self.budget}, not {budget}; make another one for it")
         task = Task(
@@ -226,6 +236,7 @@ def study(
     sequential: bool = True,
     refine: int = 0,
     align: int | None = None,
+    memory: int | str | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
     progress: Progress = silent,
@@ -235,58 +246,61 @@ def study(
     What is given is as in `compress`.
     """
     start = time.perf_counter()
-    if refine < 0:
-        raise BudgetError(f"refine {refine} must not be negative: it is a number of epochs, 0 for none")
-    model = unwrapped(model)
-    check_model(model)
-    before = cost_of(model, example_inputs)
-    check_copies(model, example_inputs)
-    whole = opened(model, example_inputs)
-    layers = find_layers(whole.model, example_inputs, include=include, exclude=exclude, closed=whole.closed)
-    choices, layers = assign(layers, decomposition)
-    named = calibration if isinstance(calibration, str) else ""
-    blind = calibration is None or named == "none" or (named == "auto" and _limits_error(budget))
-    choices = suited(choices, search, blind=blind)
-    sets = hidden_channels(whole.model, example_inputs, layers, choices)
-    known = calibrated(
-        whole.model,
-        with_metric(layers, choices, sets),
-        example_inputs,
-        calibration,
-        samples=calibration_samples,
-        of_weights=_limits_error(budget),
-        progress=progress,
-    )
-    curves = measure(whole.model, layers, choices, units=budget.units, moments=known.moments, progress=progress)
-    summed = bool(known.inputs) and not _limits_error(budget)
-    in_order = sequential and summed
-    ordering, rebuilding = about_means(whole.model, example_inputs, known.moments, sets.found, in_order=in_order)
-    widths, layers = measure_widths(whole.model, layers, sets, align=align, moments=ordering, progress=progress)
-    if summed and (widths or known.held):
-        curves, widths = with_prices(whole.model, curves, widths, known, progress)
-    settings = {
-        **provenance(known, in_order),
-        "priced": any(one.price.errors for one in curves),
-        "decomposition": _as_json(decomposition),
-    }
-    return Study(
-        model,
-        example_inputs,
-        whole,
-        before,
-        layers,
-        curves,
-        widths,
-        known,
-        rebuilding,
-        budget,
-        search,
-        in_order,
-        refine,
-        include is not None,
-        settings,
-        time.perf_counter() - start,
-    )
+    with limited(memory) as allowed:
+        if refine < 0:
+            raise BudgetError(f"refine {refine} must not be negative: it is a number of epochs, 0 for none")
+        model = unwrapped(model)
+        check_model(model)
+        before = cost_of(model, example_inputs)
+        check_copies(model, example_inputs)
+        whole = opened(model, example_inputs)
+        layers = find_layers(whole.model, example_inputs, include=include, exclude=exclude, closed=whole.closed)
+        choices, layers = assign(layers, decomposition)
+        named = calibration if isinstance(calibration, str) else ""
+        blind = calibration is None or named == "none" or (named == "auto" and _limits_error(budget))
+        choices = suited(choices, search, blind=blind)
+        sets = hidden_channels(whole.model, example_inputs, layers, choices)
+        known = calibrated(
+            whole.model,
+            with_metric(layers, choices, sets),
+            example_inputs,
+            calibration,
+            samples=calibration_samples,
+            of_weights=_limits_error(budget),
+            progress=progress,
+        )
+        curves = measure(whole.model, layers, choices, units=budget.units, moments=known.moments, progress=progress)
+        summed = bool(known.inputs) and not _limits_error(budget)
+        in_order = sequential and summed
+        ordering, rebuilding = about_means(whole.model, example_inputs, known.moments, sets.found, in_order=in_order)
+        widths, layers = measure_widths(whole.model, layers, sets, align=align, moments=ordering, progress=progress)
+        if summed and (widths or known.held):
+            curves, widths = with_prices(whole.model, curves, widths, known, progress)
+        settings = {
+            **provenance(known, in_order),
+            **({"memory": allowed} if memory is not None or allowed < PLENTY else {}),
+            "priced": any(one.price.errors for one in curves),
+            "decomposition": _as_json(decomposition),
+        }
+        return Study(
+            model,
+            example_inputs,
+            whole,
+            before,
+            layers,
+            curves,
+            widths,
+            known,
+            rebuilding,
+            budget,
+            search,
+            in_order,
+            refine,
+            allowed,
+            include is not None,
+            settings,
+            time.perf_counter() - start,
+        )
 
 
 def _limits_error(budget: Budget) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 
 from rankfold.budget import UNITS, Budget, Cost
 from rankfold.decompositions import DECOMPOSITIONS, Factors
-from rankfold.decompositions.metric import IDENTITY, Moment
+from rankfold.decompositions.metric import Moment
 from rankfold.errors import BudgetError, ModelError, UnknownNameError
 from rankfold.network.finding import Layers, matches
 from rankfold.network.kinds import weight_of
@@ -182,9 +182,8 @@ def measure(
     for done, layer in enumerate(layers.found):
         progress("measuring layers", done, len(layers.found))
         weight = weight_of(model.get_submodule(layer.name))
-        moment = (moments or {}).get(layer.name, IDENTITY)
         names = [name for name in choices[layer.name] if name != INTERPOLATIVE]
-        curves.append(measure_layer(layer, weight, names, units=units, moment=moment))
+        curves.append(measure_layer(layer, weight, names, units=units, moments=moments))
     progress("measuring layers", len(layers.found), len(layers.found))
     return tuple(curves)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from rankfold.budget import UNITS, Budget, Cost
 from rankfold.calibration.moments import Calibration
+from rankfold.calibration.store import Changed
 from rankfold.decompositions import Factors
 from rankfold.decompositions.metric import Moment
 from rankfold.decompositions.wiring import LayerShape
@@ -54,7 +55,7 @@ def with_metric(layers: Layers, choices: Mapping[str, Sequence[str]], channels: 
 
 def about_means(
     model: nn.Module, inputs: Inputs, moments: Mapping[str, Moment], sets: Sequence[ChannelSet], *, in_order: bool
-) -> tuple[dict[str, Moment], dict[str, Moment]]:
+) -> tuple[Mapping[str, Moment], Mapping[str, Moment]]:
     """The moments by which channels are ordered, and those by which they are rebuilt at once.
 
     They are about the mean where a bias can take what the mean of the outputs loses, and for the order also where a
@@ -64,8 +65,8 @@ def about_means(
     norms = followed(model, readers.values(), lambda: run(model, inputs))[1] if in_order and readers else {}
     biased = {name for name, module in readers.items() if getattr(module, "bias", None) is not None}
     able = biased | {name for name, module in readers.items() if module in norms}
-    ordering = {name: one.centred() if name in able else one for name, one in moments.items()}
-    rebuilding = {name: one.centred() if name in biased else replace(one, mean=None) for name, one in moments.items()}
+    ordering = Changed(moments, lambda name, one: one.centred() if name in able else one)
+    rebuilding = Changed(moments, lambda name, one: one.centred() if name in biased else replace(one, mean=None))
     return ordering, rebuilding
 
 

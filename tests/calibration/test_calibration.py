@@ -8,7 +8,7 @@ from conformance.cases import BATCHED, Case  # type: ignore[import-not-found]
 from torch import nn
 
 from rankfold import DataError
-from rankfold.calibration import moments
+from rankfold.calibration import moments, sums
 from rankfold.calibration.moments import calibrate
 from rankfold.decompositions.metric import Moment
 from rankfold.network.finding import find_layers
@@ -56,7 +56,7 @@ def test_a_large_moment_is_a_kronecker_product_close_to_the_whole_one(
     generator = torch.Generator().manual_seed(1)
     smooth = nn.functional.avg_pool2d(torch.randn(16, 3, 12, 12, generator=generator), 5, 1, padding=0)
     whole = calibrated(small_cnn, [smooth]).moments["2"]
-    monkeypatch.setattr(moments, "LARGEST_MOMENT", 100)
+    monkeypatch.setattr(sums, "LARGEST_MOMENT", 100)
     product = calibrated(small_cnn, [smooth]).moments["2"]
     assert product.joint is None
     groups, inputs, taps = 1, product.inputs.shape[-1], product.taps.shape[-1]
@@ -126,3 +126,50 @@ def test_unfit_inputs_are_refused_and_the_model_is_left_as_it_was(
         calibrate(small_cnn, layers, iter(batches))
     assert small_cnn.training
     assert not any(module._forward_pre_hooks for module in small_cnn.modules())
+
+
+class Projections(nn.Module):
+    """Query, key and value of one tensor, or of others for the key in batches of fewer rows than three; then a head."""
+
+    def __init__(self, change: str) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.head = (nn.Linear(6, 6) for _ in range(4))
+        self.change = change
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query = self.query(x)
+        if self.change == "in place":
+            x.mul_(2)
+        elif self.change == "sometimes" and len(x) < 3:
+            x = 2 * x
+        elif self.change == "omitted" and len(x) < 3:
+            return self.head(query + self.value(x))
+        return self.head(query + self.key(x) + self.value(x))
+
+
+@pytest.mark.parametrize("change", ["never", "in place", "sometimes", "omitted"])
+def test_layers_share_a_moment_if_they_read_the_same_tensor_in_every_pass(change: str):
+    torch.manual_seed(0)
+    model = Projections(change).eval()
+    batches = [torch.randn(rows, 6) for rows in (4, 2, 5)]
+    found = calibrated(model, [batch.clone() for batch in batches]).moments
+    assert (found["query"] is found["key"]) == (change == "never")
+    keys = {
+        "never": batches,
+        "in place": [2 * one for one in batches],
+        "sometimes": [batches[0], 2 * batches[1], batches[2]],
+        "omitted": [batches[0], batches[2]],
+    }[change]
+    for name, seen in (("query", batches), ("key", keys)):
+        rows = torch.cat(seen).double()
+        assert torch.allclose(found[name].joint[0], rows.T @ rows / len(rows), rtol=1e-5)
+
+
+def test_passes_end_behind_the_last_layer_that_is_measured():
+    model, calls = Projections("never").eval(), []
+    model.head.register_forward_hook(lambda *_: calls.append(1))
+    layers = [one for one in find_layers(model, torch.randn(4, 6)).found if one.name != "head"]
+    calls.clear()
+    whole = calibrate(model, layers, [torch.ones(4, 6), torch.ones(3, 6), torch.ones(2, 6)], shrink=False)
+    assert len(calls) == 1, "only the first pass, which shows that every layer is called once, goes to the end"
+    assert {name: one.positions for name, one in whole.moments.items()} == dict.fromkeys(("query", "key", "value"), 9)

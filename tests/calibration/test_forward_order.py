@@ -10,6 +10,7 @@ from conformance.cases import BATCHED, Case  # type: ignore[import-not-found]
 from torch import nn
 
 from rankfold import Budget, DataError, compress
+from rankfold.calibration import forward_order
 from rankfold.calibration.forward_order import LARGEST_CHANGE, refit_
 from rankfold.network.costs import cost_of
 from rankfold.network.finding import find_layers
@@ -206,3 +207,16 @@ def test_inputs_that_hardly_vary_about_a_large_mean():
     with torch.no_grad():
         lost = (result.model(x) - model(x)).square().sum() / model(x).square().sum()
     assert lost < 1e-3
+
+
+def test_moments_that_rounding_makes_indefinite_are_regressed_on_in_double(monkeypatch: pytest.MonkeyPatch):
+    """Large systems are solved in float32, in which a moment of one direction is indefinite next to a small ridge."""
+    monkeypatch.setattr(forward_order, "LARGEST_EXACT", 8)
+    generator = torch.Generator().manual_seed(0)
+    rows = 1e4 * torch.randn(3, 64, generator=generator, dtype=torch.float64)
+    square = (rows.T @ rows)[None]
+    square -= 1e-6 * square.diagonal(dim1=-2, dim2=-1).mean() * torch.eye(64, dtype=torch.float64)
+    weight = torch.randn(1, 4, 64, generator=generator, dtype=torch.float64)
+    cross = weight @ square
+    found = forward_order._regressed(weight, square, cross, 1e-9)
+    assert torch.allclose(found @ square, cross, rtol=1e-3, atol=1e-3 * float(cross.abs().max()))

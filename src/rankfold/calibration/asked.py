@@ -71,5 +71,6 @@ def provenance(known: Calibration, in_order: bool) -> dict[str, Any]:
         "calibration_samples": known.samples + held,
         "calibration_held": held,
         "frobenius_layers": sorted(known.missing),
+        **({"approximate_moments": dict(sorted(known.approximate.items()))} if known.approximate else {}),
         "fitted": "in forward order" if in_order else "layer by layer",
     }

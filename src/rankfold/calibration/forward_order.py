@@ -25,7 +25,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from rankfold.calibration.in_step import Networks, Place, in_step
-from rankfold.calibration.moments import MomentSum, patches_of, thinning_of
+from rankfold.calibration.patches import patches_of, thinning_of
+from rankfold.calibration.sums import MomentSum
 from rankfold.decompositions import energy_of, wiring_of
 from rankfold.decompositions.metric import IDENTITY, Moment
 from rankfold.decompositions.refine import refine
@@ -229,15 +230,20 @@ def _regressed(
     """
     mean = square.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     mean = torch.where(mean > 0, mean, 1.0)
-    dtype = _dtype_of(square)
-    flat, identity = weight.flatten(2), torch.eye(square.shape[-1], dtype=dtype)
-    square, cross, flat = square.to(dtype), cross.to(dtype), flat.to(dtype)
-    added = (ridge * mean).to(dtype) * identity
-    triangle, failed = torch.linalg.cholesky_ex(square + added)
-    if failed.any():
-        triangle = torch.linalg.cholesky(_definite(square) + added)
+    added = ridge * mean * torch.eye(square.shape[-1], dtype=mean.dtype)
+    triangle = _triangle(square.to(_dtype_of(square)), added)
+    square, cross, flat = (one.to(triangle) for one in (square, cross, weight.flatten(2)))
     change = torch.cholesky_solve((cross - flat @ square).mT, triangle).mT
     return weight + change.double().reshape(weight.shape)
+
+
+def _triangle(square: Float[Tensor, "g n n"], added: Float[Tensor, "g n n"]) -> Float[Tensor, "g n n"]:
+    """The Cholesky factor of a moment with a ridge, in float64 where rounding in float32 has made it indefinite."""
+    for dtype in dict.fromkeys((square.dtype, torch.float64)):
+        triangle, failed = torch.linalg.cholesky_ex(square.to(dtype) + added.to(dtype))
+        if not failed.any():
+            return triangle
+    return torch.linalg.cholesky(_definite(square.double()) + added.double())
 
 
 def _dtype_of(square: Tensor) -> torch.dtype:

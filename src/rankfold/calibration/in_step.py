@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rankfold.calibration.moments import LARGEST_MOMENT, count_of, forward_batch
+from rankfold.calibration.moments import count_of, forward_batch
+from rankfold.calibration.sums import LARGEST_MOMENT
 from rankfold.calibration.walks import Walk, walking
 from rankfold.decompositions.interpolative import by_group
-from rankfold.network.hooks import attached
+from rankfold.memory import share
+from rankfold.network.hooks import Reached, attached
 from rankfold.network.kinds import known_kind, shape_of
 from rankfold.network.narrowing import rows_of
 from rankfold.network.passes import Inputs, tensors_in
@@ -23,9 +24,9 @@ from rankfold.network.tracing import followed
 from rankfold.plan import LayerPlan, Plan
 
 _Stop = TypeVar("_Stop")
-SHARE = 0.5
-"""Part of the free memory that passes may hold while they wait."""
-LARGEST_SHARE = 2**31
+SHARE = 0.25
+"""Part of the memory that passes may hold while they wait."""
+LARGEST_SHARE = 2**30
 """Bytes that they may hold at most."""
 HELD = 2
 """How many times as much a pass holds, about, as the largest of the calls that it waits between takes and gives."""
@@ -117,10 +118,6 @@ def in_step(pair: Networks, batches: Iterable[Inputs]) -> Iterator[Passes]:
         yield passes
 
 
-class _Reached(BaseException):
-    """Ends a pass behind the layer that it was made for; not an Exception, so that no model catches it."""
-
-
 def _in_order(model: nn.Module, plan: Plan, batches: Iterable[Inputs]) -> list[Place]:
     """The changed layers that are called, in the order of their first call.
 
@@ -152,21 +149,12 @@ def _in_order(model: nn.Module, plan: Plan, batches: Iterable[Inputs]) -> list[P
 
 def most_waiting(sizes: Mapping[_Stop, int]) -> dict[_Stop, int]:
     """How many passes of both networks may wait in memory at every stop, by the bytes in and out of all from there."""
-    memory, largest = min(free_memory() * SHARE, LARGEST_SHARE), 1
+    memory, largest = share(SHARE, LARGEST_SHARE), 1
     allowed: dict[_Stop, int] = {}
     for stop in reversed(list(sizes)):
         largest = max(largest, 2 * HELD * sizes[stop])
         allowed[stop] = max(1, int(memory / largest))
     return {stop: allowed[stop] for stop in sizes}
-
-
-def free_memory() -> int:
-    """Bytes of memory that are free, where the system tells; else four gigabytes."""
-    try:
-        with Path("/proc/meminfo").open(encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return 4 * 2**30
 
 
 def _seen(model: nn.Module, place: Place, batch: Inputs, number: int) -> list[tuple[Tensor, Tensor]]:
@@ -177,11 +165,11 @@ def _seen(model: nn.Module, place: Place, batch: Inputs, number: int) -> list[tu
         x = args[0] if args else next(iter(kwargs.values()))
         if place.calls == 1:
             seen.append((x, output))
-            raise _Reached
+            raise Reached
         seen.append((x.clone(), output.clone()))  # what follows may write into them
 
     modules = dict.fromkeys(model.get_submodule(path) for path in place.paths)
-    with suppress(_Reached), attached(module.register_forward_hook(see, with_kwargs=True) for module in modules):
+    with suppress(Reached), attached(module.register_forward_hook(see, with_kwargs=True) for module in modules):
         forward_batch(model, batch, number)
     return seen
 

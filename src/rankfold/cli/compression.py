@@ -113,6 +113,10 @@ def compress(
             min=1, help="Widths that are multiples of this; default 8 on Linear layers wider than 64, else 1."
         ),
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Limit to what is taken besides networks and inputs: 4GB; default half of what is free."),
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="File that rene keeps its state in, and goes on from when started again.")
     ] = None,
@@ -151,6 +155,7 @@ def compress(
             align=align,
             sequential=sequential,
             refine=refine,
+            memory=memory,
             include=include or None,
             exclude=exclude or (),
             progress=progress,

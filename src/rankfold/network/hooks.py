@@ -17,3 +17,7 @@ def attached(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in held:
             handle.remove()
+
+
+class Reached(BaseException):
+    """Ends a pass behind the module that it was made for; not an Exception, so that no model catches it."""

@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankfold.memory import share
 from rankfold.network.passes import Inputs, evaluating, output_of, run_with, same
 
-LARGEST_MEMORY = 2**30
-"""Bytes of outputs that are kept, at most; modules whose outputs are not are run again."""
+SHARE = 0.125
+"""Part of the memory that outputs may take that are kept; modules whose outputs are not are run again."""
+LARGEST_SHARE = 2**30
+"""Bytes of them at most."""
 
 
 class Replay:
@@ -31,7 +34,7 @@ class Replay:
         self.model, self.inputs = model, inputs
         self._kept: dict[nn.Module, Tensor] = {}
         calls: dict[nn.Module, int] = {}
-        room = LARGEST_MEMORY
+        room = share(SHARE, LARGEST_SHARE)
 
         def keep(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             nonlocal room

@@ -8,7 +8,7 @@ that is said where they are made (`Train.grid`, `RingExpansion.grids`).
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -63,14 +63,16 @@ def measure_layer(
     names: Sequence[str],
     *,
     units: Sequence[str] = UNITS,
-    moment: Moment = IDENTITY,
+    moments: Mapping[str, Moment] | None = None,
 ) -> Curve:
     """The candidates of a layer among the decompositions `names`, none of them larger than the layer in any of `units`.
 
     Errors are squared relative Frobenius errors of the closed form; where that is far from the best (`knots`), of the
-    form fitted at a few candidates and interpolated between them. With the `moment` of what goes into the layer all
-    errors are in its metric, and all decompositions are fitted so.
+    form fitted at a few candidates and interpolated between them. With an entry of the layer's in `moments` all errors
+    are in its metric, and all decompositions are fitted so.
     """
+    moments = moments or {}
+    moment, known = moments.get(layer.name, IDENTITY), layer.name in moments
     parts = []
     seen = set()
     expansion: Expansion | None = None
@@ -84,7 +86,7 @@ def measure_layer(
             candidates = _candidates(name, layer, grid, units)
             parts.append(_fitted(candidates, weight, expansion, layer.shape, moment))
     exact = expansion if isinstance(expansion, WeightedExpansion) and not layer.shape.taps else None
-    return replace(_merged(layer, tuple(names), parts, units, moment), weight=weight, exact=exact)
+    return replace(_merged(layer, tuple(names), parts, units, known), weight=weight, moments=moments, exact=exact)
 
 
 def smallest_form(layer: LayerSpec, name: str) -> str:
@@ -155,9 +157,9 @@ def _candidates(name: str, layer: LayerSpec, grid: Grid, units: Sequence[str]) -
 
 
 def _merged(
-    layer: LayerSpec, tried: tuple[str, ...], parts: Sequence[_Candidates], units: Sequence[str], moment: Moment
+    layer: LayerSpec, tried: tuple[str, ...], parts: Sequence[_Candidates], units: Sequence[str], metric: bool
 ) -> Curve:
-    """All parts and the dense layer as one curve, pruned together."""
+    """All parts and the dense layer as one curve, pruned together; errors are in a `metric` or those of the weight."""
     dense = layer.dense
     methods: list[str | None] = [None, *(part.name for part in parts for _ in part.errors)]
     ranks = [(), *(tuple(map(int, row)) for part in parts for row in part.ranks)]
@@ -181,8 +183,7 @@ def _merged(
         errors[front],
         {unit: cost[front] for unit, cost in costs.items()},
         closed[front],
-        {cast(str, family_in(p.name, layer.shape, p.fits[0].ranks, moment)): p.fits for p in parts if p.fits},
-        moment=moment,
+        {cast(str, family_in(p.name, layer.shape, p.fits[0].ranks, metric)): p.fits for p in parts if p.fits},
     )
 
 
@@ -228,11 +229,12 @@ def _fitted(
     the logarithm of the parameters.
     """
     method = DECOMPOSITIONS[candidates.name]
-    if not len(candidates.errors) or family_in(candidates.name, shape, candidates.ranks[0].tolist(), moment) is None:
+    known = moment is not IDENTITY
+    if not len(candidates.errors) or family_in(candidates.name, shape, candidates.ranks[0].tolist(), known) is None:
         return candidates
     params = candidates.costs["params"]
     size = np.log(params)
-    targets = size.max() + np.log(np.geomspace(1 / 16, 3 / 4, method.knots if moment is IDENTITY else METRIC_KNOTS))
+    targets = size.max() + np.log(np.geomspace(1 / 16, 3 / 4, METRIC_KNOTS if known else method.knots))
     knots = np.unique([int(np.abs(size - target).argmin()) for target in targets])
     exact_weight = weight.double()
     energy = energy_of(exact_weight, moment)

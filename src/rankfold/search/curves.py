@@ -85,7 +85,8 @@ class Curve:
     `tried` are the decompositions that were asked for. `methods[k]` is the decomposition's name (None: dense),
     `ranks[k]` one rank per bond, `errors[k]` the squared relative error, `costs[unit][k]` the weight's cost.
     `closed[k]` is the error before any fit, which `errors` equals where none is needed; elsewhere it is scaled by what
-    the `fits` of the same family reached. Errors are in the metric of `moment`, in which every candidate is fitted.
+    the `fits` of the same family reached. Errors are in the metric of the layer's entry in `moments`, if it has one,
+    in which every candidate is fitted.
     `weight` is the weight that was measured, None where the errors are given and final. `exact` is the expansion of a
     matrix in its metric, from which the best factors of any rank are read off. `price` is what errors cost the
     network, beside those of other curves.
@@ -100,12 +101,17 @@ class Curve:
     closed: FloatArray = field(default_factory=lambda: np.empty(0))
     fits: Mapping[str, tuple[Fit, ...]] = field(default_factory=dict)
     weight: Float[Tensor, "g o i *taps"] | None = None
-    moment: Moment = IDENTITY
+    moments: Mapping[str, Moment] = field(default_factory=dict, compare=False, repr=False)
     exact: Expansion | None = field(default=None, compare=False, repr=False)
     price: Price = Price()
 
     def __len__(self) -> int:
         return len(self.errors)
+
+    @property
+    def moment(self) -> Moment:
+        """What the errors are measured by."""
+        return self.moments.get(self.layer.name, IDENTITY)
 
     def settled(self, k: int) -> bool:
         """Whether the error of a candidate is known, and not interpolated between others."""
@@ -126,9 +132,9 @@ class Curve:
             if self.settled(k):
                 continue
             method, weight = cast(str, self.methods[k]), cast(Tensor, self.weight)
-            layer, ranks = self.layer, self.ranks[k]
-            factors = fit(method, weight, layer.shape, ranks, layer=layer.name, starts=starts, moment=self.moment)
-            reached = metric_error(weight, wiring_of(method, layer.shape), factors, self.moment)
+            layer, ranks, moment = self.layer, self.ranks[k], self.moment
+            factors = fit(method, weight, layer.shape, ranks, layer=layer.name, starts=starts, moment=moment)
+            reached = metric_error(weight, wiring_of(method, layer.shape), factors, moment)
             ratio = reached / max(float(self.closed[k]), 1e-300)
             one = Fit(ranks, int(self.costs["params"][k]), ratio, True, factors)
             fits.setdefault(cast(str, self.family(k)), []).append(one)
@@ -162,12 +168,13 @@ class Curve:
     def family(self, k: int) -> str | None:
         """The family of candidates that a candidate is fitted among; None where its error is that of a closed form."""
         method = self.methods[k]
-        return None if method is None else family_in(method, self.layer.shape, self.ranks[k], self.moment)
+        known = self.layer.name in self.moments
+        return None if method is None else family_in(method, self.layer.shape, self.ranks[k], known)
 
 
-def family_in(name: str, shape: LayerShape, ranks: Sequence[int], moment: Moment) -> str | None:
+def family_in(name: str, shape: LayerShape, ranks: Sequence[int], metric: bool) -> str | None:
     """The family of `family_of`; in a metric what needs no fit otherwise is one as well, of the method's name."""
-    exact = moment is IDENTITY or is_matrix(wiring_of(name, shape))
+    exact = not metric or is_matrix(wiring_of(name, shape))
     return family_of(name, shape, ranks) or (None if exact else name)
 
 
