@@ -1,7 +1,7 @@
 """Interpolative units: accuracy, perplexity and speed of networks with fewer channels, without labels or training.
 
 ImageNet networks are calibrated on 500 unlabelled validation images and scored on 1,500 others; ResNet-20 on 512
-training images and the CIFAR-10 test images; a language model on 192 blocks of 512 tokens of WikiText-2's validation
+training images and the CIFAR-10 test images; a language model on 288 blocks of 512 tokens of WikiText-2's validation
 text, scored by perplexity on 12 evenly spaced blocks of 1,024 of its test text. `--only CASE` runs some cases, a case
 being MODEL:DECOMPOSITIONS:BUDGET, with `:synthetic` behind it on inputs made from the network; `--speed` measures
 latencies instead, in turns with the original and with low rank. `--language FOLDER` is the language model's.
@@ -124,7 +124,7 @@ def of_images(folder: Path, cases: Sequence[str], count: int, report: Progress) 
 def of_language(folder: Path, case: str, text: Path, report: Callable[..., None]) -> dict[str, Any]:
     """The record of a language model: the budget is a share of what is neither embedding nor head."""
     _, decomposition, budget = case.split(":")
-    model, inputs, tested = language(folder, text, 192)
+    model, inputs, tested = language(folder, text, 288)
     outside, inside = sizes(model)
     limit = int(outside + float(budget) * inside)
     result = compress(
