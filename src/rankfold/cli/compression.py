@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from rankfold.sources.models import Source
     from rankfold.training import Training
 
+BLOCKS, BLOCKS_IN_BATCH = 128, 4
+"""Blocks of text to calibrate on, unless said otherwise, and those in a pass."""
 OBJECTIVES = ("reconstruction", "divergence", "validation")
 
 
@@ -93,12 +95,17 @@ def compress(
         str,
         typer.Option(
             help="Inputs by whose outputs errors are measured: none, for errors of the weights; synthetic, made from "
-            "the network; npz:PATH, imagefolder:DIR or module:factory, labels ignored; auto, synthetic where it helps."
+            "the network; npz:PATH, imagefolder:DIR or module:factory, labels ignored; text:FILE, for language "
+            "models; auto, synthetic where it helps."
         ),
     ] = "auto",
     calibration_samples: Annotated[
-        int | None, typer.Option(min=1, help="How many inputs, evenly spaced; default 512, fewer made of large ones.")
+        int | None,
+        typer.Option(
+            min=1, help="How many inputs, evenly spaced; default 512, fewer made of large ones, 128 blocks of text."
+        ),
     ] = None,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a block of text.")] = 512,
     sequential: Annotated[
         bool,
         typer.Option(help="Fit layers once more, in forward order, to the original's outputs from compressed inputs."),
@@ -150,7 +157,7 @@ def compress(
             decomposition=_decompositions(decomposition or ["tucker"]),
             budget=limits,
             search=finder,
-            calibration=_calibration(calibration, calibration_samples, source, shape),
+            calibration=_calibration(calibration, calibration_samples, length, source, example, shape),
             calibration_samples=calibration_samples,
             align=align,
             sequential=sequential,
@@ -196,12 +203,22 @@ def _training(
     return Training(**settings)
 
 
-def _calibration(spec: str, samples: int | None, source: Source, shape: tuple[int, ...] | None) -> str | list[Any]:
+def _calibration(
+    spec: str, samples: int | None, length: int, source: Source, example: Any, shape: tuple[int, ...] | None
+) -> str | list[Any]:
     """What `compress` is to calibrate on: a way to make inputs, by name, or batches of data."""
     from rankfold.calibration.synthetic import SAMPLES
+    from rankfold.sources.text import is_text, open_text
 
     if spec in ("auto", "none", "synthetic"):
         return spec
+    if is_text(spec):
+        blocks = open_text(spec, source.tokenize, length, samples or BLOCKS)
+        others = [name for name in example if not name.endswith("input_ids")] if isinstance(example, dict) else []
+        if others:
+            raise DataError(f"{spec} holds tokens, and this model takes {', '.join(others)} as well; use Python")
+        parts = blocks.rows.split(BLOCKS_IN_BATCH)
+        return [dict.fromkeys(example, part) if isinstance(example, dict) else part for part in parts]
     return [x for x, _ in examples(spec, samples or SAMPLES, source, shape)]
 
 

@@ -15,7 +15,9 @@ from rankfold.reports.layout import show
 
 def evaluate(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that compress wrote.")],
-    data: Annotated[str, typer.Option(help="npz:PATH (arrays x and y), imagefolder:DIR or module:factory.")],
+    data: Annotated[
+        str, typer.Option(help="npz:PATH (arrays x and y), imagefolder:DIR, module:factory, or text:FILE.")
+    ],
     original: Annotated[bool, typer.Option("--original", help="Score the original network as well.")] = False,
     weights: Annotated[Path | None, typer.Option(help="The original's weights, if they have moved.")] = None,
     mean: Annotated[str | None, typer.Option(help="Mean per channel of inputs in [0, 1]: 0.5,0.5,0.5.")] = None,
@@ -23,11 +25,27 @@ def evaluate(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Inputs per batch; by default up to 250, fewer of large ones.")
     ] = None,
+    length: Annotated[int, typer.Option(min=2, help="Of text: tokens in a block.")] = 1024,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Of text: so many evenly spaced blocks; default all.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Score a compressed model on labelled data, and time it against its original in one run."""
-    from rankfold.reports.comparison import compare
+    """Score a compressed model on labelled data or on text, and time it against its original in one run.
 
+    On text both are scored by perplexity, and by how many tokens they read and write per second.
+    """
+    from rankfold.reports.comparison import compare, compare_on_text
+    from rankfold.sources.text import is_text
+
+    if is_text(data):
+        with progress_bars(as_json) as progress:
+            found = compare_on_text(directory, data, length=length, samples=samples, weights=weights, progress=progress)
+        if as_json:
+            print_json(found.as_dict())
+        else:
+            show(tables.language_comparison(found))
+        return
     with progress_bars(as_json) as progress:
         report = compare(
             directory,

@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from rankfold.budget import Cost
-from rankfold.evaluation import Accuracy, accuracy, latency
+from rankfold.evaluation import Accuracy, Perplexity, Speed, accuracy, latency, perplexity, speeds
+from rankfold.evaluation.language import check_causal
 from rankfold.files.artifact import load, load_plan
 from rankfold.files.original import load_original_, rebuild
 from rankfold.progress import Progress, silent
 from rankfold.sources.data import Normalisation, open_dataset
+from rankfold.sources.text import Blocks, open_text
+
+LENGTH = 1024
+"""Tokens in a block of text, unless said otherwise."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,77 @@ class Comparison:
             "compressed": self.compressed.as_dict(),
             "normalisation": asdict(self.normalisation),
         }
+
+
+@dataclass(frozen=True)
+class LanguageSide:
+    """One of two language models: its perplexity, cost, and tokens per second, where it can write."""
+
+    perplexity: Perplexity
+    cost: Cost
+    speed: Speed | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The side in JSON's types."""
+        speed = asdict(self.speed) if self.speed else {"prompt": None, "written": None}
+        return {
+            "perplexity": self.perplexity.value,
+            "loss": self.perplexity.loss,
+            **vars(self.cost),
+            "tokens_per_second": speed,
+        }
+
+
+@dataclass(frozen=True)
+class LanguageComparison:
+    """Original and compressed language model on blocks of a text, side by side."""
+
+    original: LanguageSide
+    compressed: LanguageSide
+    blocks: Blocks
+
+    def as_dict(self) -> dict[str, Any]:
+        """The comparison in JSON's types; the protocol is part of it, since perplexities hang on it."""
+        return {
+            "original": self.original.as_dict(),
+            "compressed": self.compressed.as_dict(),
+            "blocks": len(self.blocks.rows),
+            "length": self.blocks.rows.shape[1],
+            "stride": self.blocks.stride,
+            "predicted_tokens": self.original.perplexity.tokens,
+            "text_tokens": self.blocks.tokens,
+        }
+
+
+def compare_on_text(
+    directory: str | Path,
+    data: str,
+    *,
+    length: int = LENGTH,
+    samples: int | None = None,
+    weights: str | Path | None = None,
+    progress: Progress = silent,
+) -> LanguageComparison:
+    """Scores the language model saved in `directory` and its original on the text in "text:FILE", and times both.
+
+    The text is cut into blocks of `length` tokens, or `samples` evenly spaced ones of them.
+    """
+    plan = load_plan(directory)
+    source, _ = rebuild(plan, directory)
+    check_causal(source.model)
+    blocks = open_text(data, source.tokenize, length, samples)
+    student = load(directory, source.model)
+    load_original_(source.model, plan, weights)
+    models = (source.model, student)
+    names = ("the original", "the compressed model")
+    scores = [
+        perplexity(model, blocks.rows, progress=progress, what=f"scoring {name}")
+        for model, name in zip(models, names, strict=True)
+    ]
+    timed = speeds(models, blocks.rows) or (None, None)
+    costs = (plan.before, plan.after)
+    original, compressed = (LanguageSide(*one) for one in zip(scores, costs, timed, strict=True))
+    return LanguageComparison(original, compressed, blocks)
 
 
 def compare(

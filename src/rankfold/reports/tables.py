@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rankfold.pipeline import Result
     from rankfold.plan import LayerPlan
     from rankfold.reports.analysis import Analysis
-    from rankfold.reports.comparison import Comparison, Side
+    from rankfold.reports.comparison import Comparison, LanguageComparison, Side
     from rankfold.reports.demo import Row
     from rankfold.training.saved import FineTuning
 
@@ -168,6 +168,24 @@ def comparison(report: Comparison) -> RenderableType:
     table.add_row("latency ms", *_latencies(original, compressed))
     notes = f"{report.examples:,} examples; latency: median of a batch of one, in turns; normalisation: "
     return Group(table, Text(notes + report.normalisation.source, "dim"))
+
+
+def language_comparison(report: LanguageComparison) -> RenderableType:
+    """A comparison of language models as a table with a ratio per row."""
+    original, compressed, blocks = report.original, report.compressed, report.blocks
+    table = Listing("", ">original", ">compressed", ">compressed / original")
+    rows = [("perplexity", original.perplexity.value, compressed.perplexity.value, ".2f")]
+    rows += [(unit, getattr(original.cost, unit), getattr(compressed.cost, unit), ",") for unit in UNITS]
+    if original.speed and compressed.speed:
+        rows.append(("tokens/s, prompt", original.speed.prompt, compressed.speed.prompt, ".1f"))
+        rows.append(("tokens/s, written", original.speed.written, compressed.speed.written, ".1f"))
+    for name, was, now, form in rows:
+        table.add_row(name, format(was, form), format(now, form), f"{now / max(was, 1e-12):.3f}")
+    notes = (
+        f"{len(blocks.rows):,} blocks of {blocks.rows.shape[1]:,} tokens, one every {blocks.stride:,} of "
+        f"{blocks.tokens:,}; speed: a batch of one, with a cache, median of rounds in turns"
+    )
+    return Group(table, Text(notes, "dim"))
 
 
 def fine_tuning(found: FineTuning) -> RenderableType:

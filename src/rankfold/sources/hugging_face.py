@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.errors import ModelError
+from rankfold.errors import DataError, ModelError
 
 TOKENS = 128
 """Tokens of an example, where the model takes so many."""
@@ -24,6 +24,7 @@ SIDE = 224
 """Pixels, where the configuration does not say how many."""
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.ckpt*", "*.index.json")
+_VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json", "spiece*")
 _LIMITS = (
     "max_position_embeddings",
     "n_positions",
@@ -55,6 +56,19 @@ def load_model(transformers: Any, name: str) -> tuple[nn.Module, str]:
             raise ModelError(f"hf:{name} cannot be loaded: {_reason(name, error)}") from error
     missing = sorted(found.get("missing_keys") or ())
     return model, f"{name} lacks {', '.join(missing[:3])}{', …' * (len(missing) > 3)}: random" if missing else ""
+
+
+def tokenize(transformers: Any, name: str, text: str) -> list[int]:
+    """The tokens of a text, with what the model's tokenizer puts around it; raises DataError where there is none."""
+    folder = Path(name)
+    if folder.is_dir() and not any(True for pattern in _VOCABULARIES for _ in folder.glob(pattern)):
+        raise DataError(f"hf:{name} has no tokenizer: the directory holds none of {', '.join(_VOCABULARIES)}")
+    with _quiet(transformers):
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except Exception as error:
+            raise DataError(f"hf:{name} has no tokenizer that can be loaded: {_reason(name, error)}") from error
+        return list(tokenizer(text).input_ids)
 
 
 def takes_named_inputs(model: nn.Module) -> bool:

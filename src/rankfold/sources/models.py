@@ -9,7 +9,7 @@ import math
 import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -32,8 +32,8 @@ class Source:
     """A network built from a MODEL spec, with what is known of its inputs.
 
     `vocabulary` is the number of tokens where inputs are token indices, and None where they are numbers. `input_shape`
-    is None where it is unknown, or the network takes several inputs; `inputs` makes those. `note` is what there is to
-    say of its weights.
+    is None where it is unknown, or the network takes several inputs; `inputs` makes those. `tokenize` turns text into
+    tokens, where the model has a tokenizer. `note` is what there is to say of its weights.
     """
 
     model: nn.Module
@@ -42,6 +42,7 @@ class Source:
     vocabulary: int | None = None
     inputs: Callable[[], Tensor | dict[str, Tensor]] | None = None
     note: str = ""
+    tokenize: Callable[[str], list[int]] | None = None
 
     def example_inputs(self) -> Tensor | dict[str, Tensor]:
         """A batch of one that the network runs on, a dict of keyword arguments where it takes several inputs.
@@ -163,8 +164,10 @@ def _from_torchvision(name: str) -> Source:
 
 def _from_hf(name: str) -> Source:
     """A Hugging Face model by name or directory, its architecture from the configuration and its weights if any."""
-    model, note = hugging_face.load_model(_import("transformers", "hf"), name)
-    return _with_named_inputs(model, note)
+    transformers = _import("transformers", "hf")
+    model, note = hugging_face.load_model(transformers, name)
+    source = _with_named_inputs(model, note)
+    return replace(source, tokenize=partial(hugging_face.tokenize, transformers, name)) if source.vocabulary else source
 
 
 def _with_named_inputs(model: nn.Module, note: str = "") -> Source:

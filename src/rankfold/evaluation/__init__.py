@@ -1,0 +1,6 @@
+"""What a model is worth, beside its original: accuracy, perplexity, and time."""
+
+from rankfold.evaluation.language import Perplexity, Speed, perplexity, speeds
+from rankfold.evaluation.scores import BATCH, VALUES, Accuracy, accuracy, latency
+
+__all__ = ["BATCH", "VALUES", "Accuracy", "Perplexity", "Speed", "accuracy", "latency", "perplexity", "speeds"]

@@ -1,0 +1,61 @@
+"""Text as blocks of tokens, by the model's own tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from rankfold.errors import DataError
+
+KIND = "text:"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of tokens of a text that has `tokens` in all; every block starts `stride` behind the last, about."""
+
+    rows: Int64[Tensor, "blocks length"]
+    tokens: int
+    stride: int
+
+
+def is_text(spec: str) -> bool:
+    """Whether a specification of data is that of a text."""
+    return spec.startswith(KIND)
+
+
+def open_text(
+    spec: str, tokenize: Callable[[str], list[int]] | None, length: int, samples: int | None = None
+) -> Blocks:
+    """Blocks of `length` tokens of the file in "text:FILE": evenly spaced ones, from the first to the last.
+
+    All that do not overlap, where `samples` is None or asks for more. Raises DataError where there is no tokenizer, or
+    the text cannot be read or is shorter than a block.
+    """
+    path = Path(spec.removeprefix(KIND))
+    if tokenize is None:
+        raise DataError(f"{spec} needs a model with a tokenizer: give it as hf:NAME or hf:DIR")
+    if length < 2:
+        raise DataError(f"blocks of {length} tokens are too short: give at least 2")
+    try:
+        tokens = torch.tensor(tokenize(path.read_text(encoding="utf-8")), dtype=torch.int64)
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not a readable text in UTF-8: {error}") from error
+    most = len(tokens) // length
+    if most == 0:
+        raise DataError(
+            f"{path} has {len(tokens)} tokens, not a block of {length}; give more text, or a shorter length"
+        )
+    count = most if samples is None else min(samples, most)
+    if count == most:
+        return Blocks(tokens[: most * length].view(most, length), len(tokens), length)
+    starts = torch.linspace(0, len(tokens) - length, count).long().tolist()
+    rows = torch.stack([tokens[start : start + length] for start in starts])
+    return Blocks(rows, len(tokens), starts[1] - starts[0] if count > 1 else len(tokens))
