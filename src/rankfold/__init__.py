@@ -13,6 +13,8 @@ from rankfold.errors import (
     UnknownNameError,
 )
 from rankfold.files.artifact import load, load_plan, plan_of, save
+from rankfold.files.on_import import register_with_transformers
+from rankfold.files.pretrained import save_pretrained
 from rankfold.pipeline import Result, Study, compress, study
 from rankfold.plan import LayerPlan, Plan
 from rankfold.reports.analysis import Analysis, analyze
@@ -40,7 +42,10 @@ __all__ = [
     "load_plan",
     "plan_of",
     "save",
+    "save_pretrained",
     "study",
 ]
 
 __version__ = "0.1.0"
+
+register_with_transformers()

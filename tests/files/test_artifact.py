@@ -142,7 +142,7 @@ def test_nothing_but_a_saved_model_is_replaced(result: Result, tmp_path: Path):
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("point", ["save_file", "digest", "_move_into_place"])
+@pytest.mark.parametrize("point", ["save_file", "digest", "move_into_place"])
 def test_a_failing_save_changes_nothing(point: str, result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = save(result, tmp_path / "out")
     before = {entry.name: entry.read_bytes() for entry in path.iterdir()}

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rankfold.calibration.moments import count_of, forward_batch
+from rankfold.calibration.patches import batches_needed
 from rankfold.calibration.sums import LARGEST_MOMENT
 from rankfold.calibration.walks import Walk, walking
 from rankfold.decompositions.interpolative import by_group
@@ -26,7 +27,7 @@ from rankfold.plan import LayerPlan, Plan
 _Stop = TypeVar("_Stop")
 SHARE = 0.25
 """Part of the memory that passes may hold while they wait."""
-LARGEST_SHARE = 2**30
+LARGEST_SHARE = 2**31
 """Bytes that they may hold at most."""
 HELD = 2
 """How many times as much a pass holds, about, as the largest of the calls that it waits between takes and gives."""
@@ -122,17 +123,20 @@ def _in_order(model: nn.Module, plan: Plan, batches: Iterable[Inputs]) -> list[P
     """The changed layers that are called, in the order of their first call.
 
     Embeddings have no inputs to be fitted to, and experts may see others than the original's do: both stay as they are,
-    as do matrices too wide for their moment to be kept whole.
+    as do matrices too wide for their moment to be kept whole. Where half the memory that passes may hold is enough for
+    the patches that are looked at, they take no more.
     """
     owners = {model.get_submodule(path): layer for layer in plan.changed for path in (layer.name, *layer.aliases)}
     apart = {layer for module, layer in owners.items() if not _is_refitted(module)}
     owners = {module: layer for module, layer in owners.items() if layer not in apart}
     held: dict[LayerPlan, int] = {}
+    needed: dict[LayerPlan, int] = {}
     sizes = [0]
 
     def measure(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         sizes.append(sum(one.numel() * one.element_size() for one in tensors_in([*args, output])))
         if module in owners:
+            needed[owners[module]] = batches_needed(module, output)
             held[owners[module]] = max(held.get(owners[module], 0), *sizes)
             sizes[:] = [0]
 
@@ -144,7 +148,8 @@ def _in_order(model: nn.Module, plan: Plan, batches: Iterable[Inputs]) -> list[P
         calls[owners[module]] = calls.get(owners[module], 0) + 1
     norms = {owners[module]: norm for module, norm in followers.items()}
     allowed = most_waiting({layer: held.get(layer, 0) for layer in calls})
-    return [Place(layer, count, norms.get(layer), allowed[layer]) for layer, count in calls.items()]
+    fewer = {layer: min(most, max(most // 2, needed[layer])) for layer, most in allowed.items()}
+    return [Place(layer, count, norms.get(layer), fewer[layer]) for layer, count in calls.items()]
 
 
 def most_waiting(sizes: Mapping[_Stop, int]) -> dict[_Stop, int]:

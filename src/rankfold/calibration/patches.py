@@ -17,6 +17,8 @@ ENOUGH_ROWS = 2**17
 """Inputs of a Linear that are: no two tokens are alike."""
 PER_ENTRY = 8
 """Patches that are looked at for each of their entries."""
+SPREAD = 4
+"""Over how many times as many patches those that are looked at are spread: neighbours are alike."""
 _CHUNK = 2**24
 """Entries of the patches that are cut out at a time."""
 
@@ -44,13 +46,28 @@ def thinning_of(module: nn.Module, output: Tensor, number: int, batches: int) ->
     As many as there is need for: some times as many as they have entries tell their moment. The first row is another
     one in every batch.
     """
-    axes, shape = known_kind(module).axes, shape_of(module)
-    columns = shape.params // max(shape.groups * shape.outputs, 1)
-    positions = output[..., 0].numel() if axes == 0 else output.numel() // output.shape[output.ndim - 1 - axes]
+    axes, positions = known_kind(module).axes, _positions(module, output)
     rows = positions if axes == 0 else output.shape[-axes]
-    enough = max(ENOUGH if axes else ENOUGH_ROWS, PER_ENTRY * columns)
-    step = min(positions * batches // enough, rows)
+    step = min(positions * batches // _enough(module), rows)
     return slice(number % step, None, step) if step > 1 else slice(None)
+
+
+def batches_needed(module: nn.Module, output: Tensor) -> int:
+    """How many batches like one that gave an output hold the patches that are looked at, `SPREAD` times over."""
+    return -(-SPREAD * _enough(module) // max(_positions(module, output), 1))
+
+
+def _enough(module: nn.Module) -> int:
+    """How many patches of a layer tell their moment."""
+    shape = shape_of(module)
+    columns = shape.params // max(shape.groups * shape.outputs, 1)
+    return max(ENOUGH if known_kind(module).axes else ENOUGH_ROWS, PER_ENTRY * columns)
+
+
+def _positions(module: nn.Module, output: Tensor) -> int:
+    """How many patches an output is made of."""
+    axes = known_kind(module).axes
+    return output[..., 0].numel() if axes == 0 else output.numel() // output.shape[output.ndim - 1 - axes]
 
 
 def _padded(module: nn.Module, x: Tensor) -> Tensor:

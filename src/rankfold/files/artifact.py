@@ -98,7 +98,7 @@ def save(
         raise ArtifactError(f"cannot write to {target.parent}: {error.strerror}") from error
     try:
         _write(partial, result, state, dict(metrics or {}))
-        _move_into_place(partial, target)
+        move_into_place(partial, target)
     except OSError as error:
         hint = "; free some space and save again" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
         raise ArtifactError(f"cannot write {target}: {error.strerror or error}; nothing was changed{hint}") from error
@@ -232,7 +232,7 @@ def _write(folder: Path, result: Result, state: Mapping[str, Any], metrics: dict
             os.fsync(file.fileno())
 
 
-def _move_into_place(partial: Path, target: Path) -> None:
+def move_into_place(partial: Path, target: Path) -> None:
     """Puts the finished directory at its place in one step; an earlier one ends up at `partial`."""
     if not target.exists():
         partial.rename(target)
