@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -31,6 +31,7 @@ from rankfold.planning import Decompositions, Task, assign, feasible_plan, measu
 from rankfold.progress import Progress, silent
 from rankfold.search import Search
 from rankfold.search.curves import Curve
+from rankfold.search.outline import outlines
 from rankfold.search.trace import Trace
 from rankfold.search.widths import Width
 from rankfold.units import about_means, better, hidden_channels, measure_widths, with_metric, with_prices
@@ -46,13 +47,15 @@ class Result:
     """A compressed network and what was done to it.
 
     `before` and `after` are costs of the whole network, `seconds` the wall time of the compression; the plan holds the
-    same layer by layer. `trace` is the history of the search, where it keeps one.
+    same layer by layer. `trace` is the history of the search, where it keeps one, `curves` what it chose from, as
+    `rankfold.search.outline` draws it.
     """
 
     model: nn.Module
     plan: Plan
     seconds: float
     trace: Trace | None = None
+    curves: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def before(self) -> Cost:
@@ -197,7 +200,8 @@ class Study:
         plan = self._refined(student, plan, progress)
         plan = verified(self.model, student, plan, self.inputs)
         setattr(student, KNOWN_PLAN, plan)
-        return Result(student, plan, self.seconds + time.perf_counter() - start, found.trace)
+        drawn = outlines(self.curves, self.widths, budget.units[0])
+        return Result(student, plan, self.seconds + time.perf_counter() - start, found.trace, drawn)
 
     def _ordered(self, student: nn.Module, plan: Plan, progress: Progress) -> tuple[nn.Module, Plan]:
         """A student fitted in forward order, or as it was where that is not asked for or does not help."""

@@ -33,7 +33,9 @@ def skeleton() -> nn.Module:
 
 def test_what_is_loaded_is_bit_equal(result: Result, image: torch.Tensor, tmp_path: Path):
     path = save(result, tmp_path / "out", metrics={"note": "kept"})
-    assert sorted(entry.name for entry in path.iterdir()) == ["metrics.json", "model.safetensors", "plan.json"]
+    assert sorted(entry.name for entry in path.iterdir()) == [
+        "curves.json", "metrics.json", "model.safetensors", "plan.json",
+    ]  # fmt: skip
     loaded = load(path, skeleton())
     assert all(
         torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), result.model.state_dict().values(), strict=True)

@@ -182,7 +182,9 @@ def test_extra_state_in_jsons_types_comes_back(extra: Any, tmp_path: Path):
     result = compressed(Counted(12, extra))
     path = save(result, tmp_path / "out")
     assert json.loads((path / "state.json").read_text()) == {"4._extra_state": extra}
-    assert set(load_plan(path).source["files"]) == {"model.safetensors", "metrics.json", "state.json"}
+    assert set(load_plan(path).source["files"]) == {
+        "model.safetensors", "metrics.json", "curves.json", "state.json",
+    }  # fmt: skip
     loaded = load(path, skeleton(Counted(12, "another")))
     assert loaded[4].extra == extra
     assert same(loaded, result.model)

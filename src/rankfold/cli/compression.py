@@ -142,6 +142,7 @@ def compress(
     from rankfold.budget import Budget
     from rankfold.files.artifact import check_target, digest, save
     from rankfold.pipeline import compress as run_compression
+    from rankfold.reports.page import write_page
 
     limits = Budget.parse(budget)
     small = out.with_name(f"{out.name}.compressed") if finetune else out
@@ -171,6 +172,7 @@ def compress(
     if weights:
         origin |= {"weights": str(weights.absolute()), "weights_sha256": digest(weights)}
     path = save(result, small, source=origin)
+    write_page(path)
     told, shown = tables.compression_dict(result, path), [tables.compression(result, path)]
     if finetune and training:
         from rankfold.training.saved import fine_tune_saved

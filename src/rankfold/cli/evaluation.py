@@ -63,6 +63,21 @@ def evaluate(
         show(tables.comparison(report))
 
 
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that compress or finetune wrote.")],
+    out: Annotated[Path | None, typer.Option(help="The page's file; default: report.html in the directory.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show on one page, a file of its own, what was done to a network: sizes, layers, curves, search and settings."""
+    from rankfold.reports.page import write_page
+
+    path = write_page(directory, out)
+    if as_json:
+        print_json({"page": str(path), "bytes": path.stat().st_size})
+    else:
+        print(path)
+
+
 def demo(as_json: Json = False) -> None:
     """Compress the embedded digits network at several budgets, and show what becomes of it."""
     from rankfold.reports.demo import demonstrate

@@ -58,6 +58,7 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Recover accuracy by training on data, taught by the original network."""
+    from rankfold.reports.page import write_page
     from rankfold.training import Losses, Training
     from rankfold.training.saved import fine_tune_saved
 
@@ -96,6 +97,7 @@ def finetune(
         )
     if not found.main:
         return
+    write_page(found.out)
     if as_json:
         print_json(found.as_dict())
     else:
@@ -104,12 +106,24 @@ def finetune(
 
 def finalize(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that compress or finetune wrote.")],
-    out: Annotated[Path, typer.Option(help="File for the deployable model, ending in .pt2.")],
+    out: Annotated[Path, typer.Option(help="A file that ends in .pt2, or a directory.")],
     as_json: Json = False,
 ) -> None:
-    """Fold batch norms and write one file that torch.export.load runs, without rankfold."""
-    from rankfold.files.export import finalize as write_program
+    """Write a model for deployment: a file that torch.export.load runs, or a directory for transformers.
 
+    The file, which ends in .pt2, has batch norms folded and needs no rankfold. The directory is for a Hugging Face
+    model, and is loaded by from_pretrained.
+    """
+    from rankfold.files.export import finalize as write_program
+    from rankfold.files.pretrained import finalize_pretrained
+
+    if not out.suffix:
+        path = finalize_pretrained(directory, out)
+        if as_json:
+            print_json({"path": str(path), "bytes": sum(one.stat().st_size for one in path.iterdir())})
+        else:
+            show(tables.pretrained(path))
+        return
     found = write_program(directory, out)
     if as_json:
         print_json(found.as_dict())

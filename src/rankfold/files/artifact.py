@@ -1,5 +1,5 @@
 """A compressed model as a directory: plan.json, model.safetensors, metrics.json; where there is any, the history of the
-search in trace.json, and in state.json the state of modules that is no tensor.
+search in trace.json, what it chose from in curves.json, and in state.json the state of modules that is no tensor.
 
 Written beside its place and moved there in one step, so that a killed save leaves the old directory or the new one.
 Read without unpickling anything: the plan carries checksums of itself and of the other files.
@@ -31,7 +31,8 @@ from rankfold.network.surgery import rebuilt
 from rankfold.pipeline import Result
 from rankfold.plan import KNOWN_PLAN, Plan
 
-PLAN, WEIGHTS, METRICS, TRACE, STATE = "plan.json", "model.safetensors", "metrics.json", "trace.json", "state.json"
+PLAN, WEIGHTS, METRICS, STATE = "plan.json", "model.safetensors", "metrics.json", "state.json"
+TRACE, CURVES = "trace.json", "curves.json"
 USAGE = "save(result, directory), save(model, plan, directory), or save(model, directory) for a model that was loaded"
 
 
@@ -164,6 +165,11 @@ def load_trace(directory: str | Path) -> dict[str, Any] | None:
     return _read_json(directory, TRACE, load_plan(directory))
 
 
+def load_curves(directory: str | Path) -> dict[str, Any] | None:
+    """What the search chose from, as `rankfold.search.outline` draws it; None where it was not saved."""
+    return _read_json(directory, CURVES, load_plan(directory))
+
+
 def check_target(directory: str | Path) -> None:
     """Raises ArtifactError where saving would replace anything but a saved model or an empty directory."""
     target = Path(directory)
@@ -219,7 +225,11 @@ def _write(folder: Path, result: Result, state: Mapping[str, Any], metrics: dict
     }
     (folder / METRICS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     others = [WEIGHTS, METRICS]
-    for name, optional in ((TRACE, result.trace and result.trace.as_dict()), (STATE, rest)):
+    for name, optional in (
+        (TRACE, result.trace and result.trace.as_dict()),
+        (CURVES, dict(result.curves)),
+        (STATE, rest),
+    ):
         if optional:
             (folder / name).write_text(json.dumps(optional) + "\n", encoding="utf-8")
             others.append(name)

@@ -2,33 +2,34 @@
 
 Where the configuration can say all there is (widths that are the same in every layer), the ordinary class loads it, and
 rankfold is not needed. Otherwise `import rankfold` has to come first: the configuration names the quantisation method
-"rankfold" and holds the plan. transformers leaves methods out that it does not know, with a warning, and would draw the
-weights at random that it does not find. So the file holds an empty tensor under the name of each: without rankfold,
-loading ends there, with an error about its shape.
+"rankfold" and holds the plan. Without it loading ends with an error (`quantizer.with_stops`).
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import shutil
 import uuid
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from rankfold.errors import ArtifactError, ModelError
-from rankfold.files.artifact import move_into_place, plan_of
+from rankfold.files.artifact import load, load_plan, move_into_place, plan_of
+from rankfold.files.original import rebuild
 from rankfold.network.copies import unwrapped
 from rankfold.pipeline import Result
 from rankfold.plan import Plan
-from rankfold.sources.hugging_face import takes_named_inputs
+from rankfold.sources.hugging_face import quiet, takes_named_inputs
 
 SHARD = "5GB"
 """Largest file of weights, unless said otherwise."""
-_CONFIG = "config.json"
 
 
 def save_pretrained(
@@ -54,20 +55,34 @@ def save_pretrained(
         state = model.state_dict()
         model.config = copy.deepcopy(found or config)
         if found is None:
-            from rankfold.files.quantizer import PlanConfig
+            from rankfold.files.quantizer import PlanConfig, with_stops
 
             model.config.quantization_config = PlanConfig(plan.to_json())
-            state |= {name: torch.empty(0, dtype=torch.float32) for name in _replaced(plan) if name not in state}
-        model.save_pretrained(partial, state_dict=state, max_shard_size=max_shard_size)
-        _save_tokenizer(tokenizer, config, partial)
+            state = with_stops(state, plan)
+        keeps_names = "save_original_format" in signature(model.save_pretrained).parameters
+        with quiet(importlib.import_module("transformers")):
+            model.save_pretrained(
+                partial,
+                state_dict=state,
+                max_shard_size=max_shard_size,
+                **({"save_original_format": False} if keeps_names else {}),
+            )
+            _save_tokenizer(tokenizer, config, partial)
         (partial / "README.md").write_text(_card(model, plan, plain=found is not None), encoding="utf-8")
         move_into_place(partial, target)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {target}: {error.strerror or error}; nothing was changed") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ArtifactError(f"cannot write {target}: {reason}; nothing was changed") from error
     finally:
         model.config = config
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def finalize_pretrained(directory: str | Path, out: str | Path) -> Path:
+    """Writes the model that `compress` or `finetune` saved in `directory` as `save_pretrained` does."""
+    source, _ = rebuild(load_plan(directory), directory)
+    return save_pretrained(load(directory, source.model), out)
 
 
 def plain_config(model: Any, plan: Plan) -> Any:
@@ -90,11 +105,6 @@ def plain_config(model: Any, plan: Plan) -> Any:
     except Exception:  # a configuration that the class does not take is no way to say it
         return None
     return changed if {name: tensor.shape for name, tensor in own.items()} == wanted else None
-
-
-def _replaced(plan: Plan) -> list[str]:
-    """The names of the weights that factors stand for."""
-    return [f"{path}.weight" for layer in plan.decomposed for path in (layer.name, *layer.aliases)]
 
 
 def _check_target(target: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -19,6 +19,20 @@ from rankfold.plan import KNOWN_PLAN, Plan
 
 METHOD = "rankfold"
 """What the configuration calls it."""
+
+
+def with_stops(state: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+    """A state with an empty tensor under the name of each weight that factors stand for.
+
+    transformers leaves out methods that it does not know, with a warning, and draws weights at random that a file does
+    not hold; where one is of another shape it stops.
+    """
+    return {**dict.fromkeys(replaced_weights(plan), torch.empty(0)), **state}
+
+
+def replaced_weights(plan: Plan) -> list[str]:
+    """The names of the weights that factors stand for."""
+    return [f"{path}.weight" for layer in plan.decomposed for path in (layer.name, *layer.aliases)]
 
 
 @register_quantization_config(METHOD)
@@ -40,14 +54,17 @@ class PlanQuantizer(HfQuantizer):
         plan = self._plan()
         with torch.device("meta"):
             found: Any = rebuilt(model, plan)
-        replaced = {f"{path}.weight" for layer in plan.decomposed for path in (layer.name, *layer.aliases)}
         ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-        model._keys_to_ignore_on_load_unexpected = ignored | {f"^{name}$" for name in replaced}
+        model._keys_to_ignore_on_load_unexpected = ignored | {f"^{name}$" for name in replaced_weights(plan)}
         return found
 
     def _process_model_after_weight_loading(self, model: nn.Module, **others: Any) -> nn.Module:
         setattr(model, KNOWN_PLAN, self._plan())
         return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What transformers' own `save_pretrained` writes, with what keeps it from being loaded without rankfold."""
+        return with_stops(model.state_dict(), self._plan()), {}
 
     def _plan(self) -> Plan:
         return Plan.from_json(cast(PlanConfig, self.quantization_config).plan)

@@ -213,6 +213,15 @@ def exported(found: Exported) -> RenderableType:
     )
 
 
+def pretrained(path: Path) -> RenderableType:
+    """A directory for transformers, and how it is loaded."""
+    size = sum(one.stat().st_size for one in path.iterdir())
+    return Group(
+        Text(f"{path}  ({count(size)}B)"),
+        Text((path / "README.md").read_text().split("```")[1].removeprefix("python\n").strip()),
+    )
+
+
 def demo_row_dict(row: Row) -> dict[str, Any]:
     """A line of the demonstration in JSON's types."""
     return {**vars(row), "cost": vars(row.cost)}

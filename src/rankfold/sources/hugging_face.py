@@ -43,7 +43,7 @@ def load_model(transformers: Any, name: str) -> tuple[nn.Module, str]:
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(f"hf:{name} cannot be loaded: the directory holds no config.json")
-    with _quiet(transformers):
+    with quiet(transformers):
         try:
             config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
             known = getattr(transformers, (config.architectures or [""])[0], None)
@@ -63,7 +63,7 @@ def tokenize(transformers: Any, name: str, text: str) -> list[int]:
     folder = Path(name)
     if folder.is_dir() and not any(True for pattern in _VOCABULARIES for _ in folder.glob(pattern)):
         raise DataError(f"hf:{name} has no tokenizer: the directory holds none of {', '.join(_VOCABULARIES)}")
-    with _quiet(transformers):
+    with quiet(transformers):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:
@@ -189,7 +189,7 @@ def _reason(name: str, error: Exception) -> str:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """Keeps the bars, reports and retries of loading off the terminal: what matters of them is returned or raised."""
     shown = transformers.utils.logging
     level, bars = shown.get_verbosity(), shown.is_progress_bar_enabled()

@@ -1,0 +1,44 @@
+"""What was done to a network, as one page: a file of its own, with its pictures in it, that needs nothing else."""
+
+from __future__ import annotations
+
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+from rankfold.errors import ArtifactError
+from rankfold.files.artifact import load_curves, load_metrics, load_plan, load_trace
+from rankfold.reports.page.content import content_of
+
+NAME = "report.html"
+"""The page's name in a saved model's directory."""
+
+
+def write_page(directory: str | Path, out: str | Path | None = None) -> Path:
+    """Writes the page of the model saved in `directory`, beside it or to `out`, and returns its path.
+
+    Raises ArtifactError where the directory is not a sound saved model, or the page cannot be written.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    plan = load_plan(directory)
+    content = content_of(plan, load_metrics(directory), load_trace(directory), load_curves(directory))
+    templates = Environment(
+        loader=PackageLoader("rankfold.reports.page", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    text = templates.get_template("page.html").render(content)
+    target = Path(out) if out is not None else Path(directory) / NAME
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(target)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise ArtifactError(f"cannot write {target}: {error.strerror}; nothing was changed") from error
+    return target

@@ -1,0 +1,265 @@
+"""What the page says: a saved model's plan, metrics and search, as its template needs them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from rankfold.budget import UNITS, Cost
+from rankfold.plan import LayerPlan, Plan, channels_named
+from rankfold.reports.layout import grouped
+from rankfold.reports.page.pictures import lines, number
+from rankfold.reports.tables import calibration
+
+SHOWN = 24
+"""Curves, and layers of a search's history, that are drawn: those where most is saved."""
+TITLES = {"params": "Parameters", "macs": "MACs", "bytes": "Bytes"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number before and after, as it is shown, and what is left of it in percent, where that says something."""
+
+    title: str
+    before: str
+    after: str
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layer: what it was and became, its cost as shares of the largest layer's, and its error, in percent."""
+
+    name: str
+    kind: str
+    weight: str
+    becomes: str
+    changed: bool
+    before: str
+    after: str
+    wide: float
+    kept: float
+    error: float | None
+
+
+def content_of(
+    plan: Plan, metrics: Mapping[str, Any], trace: Mapping[str, Any] | None, curves: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """All that the template is filled with."""
+    unit = next((one for one in plan.settings.get("budget", {}) if one in UNITS), "macs")
+    refined: Mapping[str, Sequence[float]] = plan.settings.get("refined_blocks", {})
+    return {
+        "name": plan.source.get("model") or "A network",
+        "figures": [*_scores(metrics), *_costs(plan)],
+        "unmeasured": not _scores(metrics),
+        "told": _told(plan),
+        "unit": TITLES[unit],
+        "rows": [_row(layer, plan, unit) for layer in plan.layers],
+        "narrowings": [
+            (one.name, one.channels.size, len(one.kept), 100 * one.predicted_error) for one in plan.narrowings
+        ],
+        "curves": _curves(plan, curves, unit),
+        "history": _history(trace),
+        "refined": [(name, 100 * before, 100 * after) for name, (before, after) in refined.items()],
+        "training": _training(metrics),
+        "skipped": _skipped(plan.skipped),
+        "settings": {name: _as_text(value) for name, value in plan.settings.items() if name != "refined_blocks"},
+        "command": _command(plan),
+        "code": _code(plan),
+        "seconds": metrics.get("seconds"),
+    }
+
+
+def _scores(metrics: Mapping[str, Any]) -> list[Figure]:
+    """What is known of accuracy and latency."""
+    tuned: Mapping[str, Any] = metrics.get("fine_tuning", {})
+    found = []
+    for key, title in (("test_top1", "Top-1, test data"), ("held_out_top1", "Top-1, held out")):
+        scores: Mapping[str, float] = tuned.get(key) or {}
+        if scores:
+            found.append(Figure(title, f"{scores['original']:.2f} %", f"{scores['fine-tuned']:.2f} %"))
+    times = tuned.get("latency_ms") or metrics.get("latency_ms")
+    if times:
+        was, now = times["original"], times.get("fine-tuned", times["compressed"])
+        found.append(Figure("Latency, one input", f"{was:.3g} ms", f"{now:.3g} ms", 100 * now / max(was, 1e-9)))
+    return found
+
+
+def _costs(plan: Plan) -> list[Figure]:
+    """What the whole network costs."""
+    pairs = [
+        (TITLES[unit], getattr(plan.before, unit), getattr(plan.after, unit)) for unit in ("macs", "params", "bytes")
+    ]
+    return [Figure(title, number(was), number(now), 100 * now / max(was, 1)) for title, was, now in pairs]
+
+
+def _told(plan: Plan) -> str:
+    """What was done, in sentences."""
+    budget = ", ".join(f"{unit} {limit}" for unit, limit in plan.settings.get("budget", {}).items())
+    narrowed = f" and {len(plan.narrowings)} hidden activations lost channels" if plan.narrowings else ""
+    parts = [
+        f"Within the budget ({budget}), {len(plan.decomposed)} of {len(plan.layers)} layers became products of smaller "
+        f"ones{narrowed}.",
+    ]
+    if "calibration_samples" in plan.settings or plan.settings.get("metric") == "frobenius":
+        parts.append(f"{calibration(plan.settings).capitalize()}.")
+    bound = plan.settings.get("bound")
+    if bound is not None:
+        reached = plan.settings.get("objective", 0.0)
+        parts.append(f"The search reached {reached:.4g}; no plan within the budget is below {bound:.4g}.")
+    return " ".join(parts)
+
+
+def _row(layer: LayerPlan, plan: Plan, unit: str) -> Row:
+    largest = max((getattr(one.before, unit) for one in plan.layers), default=1) or 1
+    was, now = getattr(layer.before, unit), getattr(layer.after, unit)
+    narrower = "×".join(map(str, layer.narrowed))
+    factors = f"{layer.decomposition} {' · '.join(map(str, layer.ranks))}" if layer.decomposition else ""
+    changed = bool(narrower or factors)
+    return Row(
+        layer.name or "the model itself",
+        layer.kind,
+        "×".join(map(str, layer.weight)),
+        ", ".join(filter(None, (narrower, factors))) or "as it was",
+        changed,
+        number(was),
+        number(now),
+        100 * was / largest,
+        100 * now / largest,
+        100 * layer.error if changed else None,
+    )
+
+
+def _curves(plan: Plan, curves: Mapping[str, Any] | None, unit: str) -> list[tuple[str, Markup]]:
+    """Error over cost of the layers and channel sets where most is saved, each with the chosen point."""
+    if not curves:
+        return []
+    unit, points = curves.get("unit", unit), curves.get("points", {})
+    chosen: dict[str, tuple[float, float, int]] = {}
+    for layer in plan.layers:
+        was, now = (getattr(one, unit) for one in (layer.before, layer.after))
+        if layer.decomposition and not layer.narrowed:
+            chosen[layer.name] = (now / max(was, 1), layer.predicted_error, was - now)
+    for one in plan.narrowings:
+        saved = sum(
+            _saved(layer.before, layer.after, unit) for layer in plan.layers if layer.name in one.channels.layers
+        )
+        chosen[channels_named(one.name)] = (len(one.kept) / one.channels.size, one.predicted_error, saved)
+    names = sorted((name for name in chosen if name in points), key=lambda name: -chosen[name][2])[:SHOWN]
+    found = []
+    for name in names:
+        share, error, _ = chosen[name]
+        across = (
+            "share of the channels kept"
+            if name not in {layer.name for layer in plan.layers}
+            else f"share of its {unit}"
+        )
+        title = f"{name}: at {100 * share:.0f} % of its {unit} the squared relative error is {100 * error:.2g} %"
+        drawn = lines(
+            title,
+            {"error": [(x, 100 * y) for x, y in points[name]]},
+            across,
+            "error, %",
+            log=True,
+            marked=[(share, 100 * error)],
+        )
+        found.append((name, drawn))
+    return found
+
+
+def _saved(before: Cost, after: Cost, unit: str) -> int:
+    return int(getattr(before, unit) - getattr(after, unit))
+
+
+def _history(trace: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """How ranks converged in a continuous search: losses, and each layer's entropy over the steps."""
+    steps = trace["steps"] if trace else []
+    if not steps or not trace:
+        return None
+    losses = {name: [(k, step["losses"][name]) for k, step in enumerate(steps)] for name in steps[0]["losses"]}
+    entropy = {
+        layer: [(k, step["entropy"][place]) for k, step in enumerate(steps)]
+        for place, layer in enumerate(trace["layers"][:SHOWN])
+    }
+    ends = [(layer, steps[0]["likeliest"][k], steps[-1]["likeliest"][k]) for k, layer in enumerate(trace["layers"])]
+    return {
+        "steps": len(steps),
+        "losses": lines("Losses of the search over its steps", losses, "step", "loss"),
+        "entropy": lines("Entropy of each layer's choice over the steps", entropy, "step", "entropy, nats"),
+        "ends": ends,
+    }
+
+
+def _training(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The course of fine-tuning."""
+    epochs = metrics.get("fine_tuning", {}).get("epochs") or []
+    if not epochs:
+        return None
+    places = range(1, len(epochs) + 1)
+    losses = [(k, one["loss"]) for k, one in zip(places, epochs, strict=True)]
+    scores = [(k, one["top1"]) for k, one in zip(places, epochs, strict=True) if one.get("top1") is not None]
+    return {
+        "loss": lines("Loss over the epochs of fine-tuning", {"loss": losses}, "epoch", "loss"),
+        "top1": lines("Top-1 on held-out data over the epochs", {"top-1": scores}, "epoch", "top-1, %"),
+    }
+
+
+def _skipped(skipped: Mapping[str, str]) -> list[tuple[str, list[str]]]:
+    """Reasons with the layers that they are of, in groups of names that are written as one."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        by_reason.setdefault(reason, []).append(name or "the model itself")
+    return [(reason, list(grouped(names))) for reason, names in by_reason.items()]
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _command(plan: Plan) -> str:
+    """The command that makes it again, where it was made by one or could have been."""
+    source, settings = plan.source, plan.settings
+    if "model" not in source:
+        return ""
+    words = ["rankfold", "compress", source["model"]]
+    if "weights" in source:
+        words += ["--weights", source["weights"]]
+    decomposition = settings.get("decomposition", "tucker")
+    named = [f"{one}={_names(two)}" for one, two in decomposition.items()] if isinstance(decomposition, dict) else None
+    for one in named or [_names(decomposition)]:
+        words += ["--decomposition", one]
+    for unit, limit in settings.get("budget", {}).items():
+        words += ["--budget", f"{unit}={limit}"]
+    if settings.get("calibration", "none").startswith("synthetic"):
+        words += ["--calibration", "synthetic", "--calibration-samples", str(settings["calibration_samples"])]
+    elif settings.get("calibration") == "given inputs":
+        words += ["--calibration", "DATA", "--calibration-samples", str(settings["calibration_samples"])]
+    else:
+        words += ["--calibration", "none"]
+    if settings.get("refine_epochs"):
+        words += ["--refine", str(settings["refine_epochs"])]
+    return shlex.join([*words, "--out", "DIR"])
+
+
+def _names(given: Any) -> str:
+    return given if isinstance(given, str) else ",".join(given)
+
+
+def _code(plan: Plan) -> str:
+    """Code that makes it again."""
+    settings = plan.settings
+    budget = ", ".join(f"{unit}={limit!r}" for unit, limit in settings.get("budget", {}).items())
+    given = settings.get("calibration", "none")
+    data = "batches" if given == "given inputs" else repr("synthetic" if given.startswith("synthetic") else "none")
+    refine = f", refine={settings['refine_epochs']}" if settings.get("refine_epochs") else ""
+    return (
+        "import rankfold\n\n"
+        "result = rankfold.compress(\n    model, example_inputs,\n"
+        f"    decomposition={settings.get('decomposition', 'tucker')!r}, budget=rankfold.Budget({budget}),\n"
+        f"    calibration={data}{refine},\n)"
+    )

@@ -1,0 +1,108 @@
+"""Pictures as inline SVG: lines over a horizontal axis, in the page's own colours, with a title that is read aloud."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+WIDTH, HEIGHT = 560, 240
+LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 36
+MOST = 400
+"""Points of a line that are drawn."""
+
+Number = float | int
+Points = Sequence[tuple[Number, Number]]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A range of values and where they lie, from `start` to `end`."""
+
+    low: Number
+    high: Number
+    start: Number
+    end: Number
+    log: bool = False
+
+    def place(self, value: Number) -> float:
+        """Where a value lies."""
+        low, high, at = (math.log(max(one, 1e-300)) if self.log else one for one in (self.low, self.high, value))
+        share = (at - low) / (high - low) if high > low else 0.5
+        return self.start + share * (self.end - self.start)
+
+    def ticks(self) -> list[Number]:
+        """A few round values."""
+        if self.log:
+            first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
+            apart = max(1, (last - first) // 4)
+            return [10.0**power for power in range(first, last + 1, apart)] or [self.low, self.high]
+        rough = (self.high - self.low) / 4 or 1.0
+        size = 10.0 ** math.floor(math.log10(rough))
+        step = next(size * one for one in (1, 2, 5, 10) if size * one >= rough)
+        first = math.ceil(self.low / step - 1e-9)
+        return [one * step for one in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+
+def lines(
+    title: str,
+    series: Mapping[str, Points],
+    across: str,
+    up: str,
+    *,
+    log: bool = False,
+    marked: Points = (),
+) -> Markup:
+    """Lines by name over a common axis; `marked` points stand out. Without any points there is no picture."""
+    kept = {name: thinned([one for one in points if _drawn(one, log)]) for name, points in series.items()}
+    everything = [one for points in (*kept.values(), [m for m in marked if _drawn(m, log)]) for one in points]
+    if not everything:
+        return Markup("")
+    xs, ys = zip(*everything, strict=True)
+    x_axis = Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT)
+    low = min(ys) if log else min(0.0, *ys)
+    y_axis = Axis(low, max(*ys, low * 1.0001 if log else low + 1e-12), HEIGHT - BOTTOM, TOP, log)
+    parts = [_text(WIDTH / 2, HEIGHT - 4, across, "middle"), _text(4, TOP - 2, up, "start", "caption")]
+    for value in x_axis.ticks():
+        parts.append(_text(x_axis.place(value), HEIGHT - BOTTOM + 14, number(value), "middle"))
+    for value in y_axis.ticks():
+        at = y_axis.place(value)
+        parts.append(Markup('<path class="grid" d="M{} {:.1f}H{}"/>').format(LEFT, at, WIDTH - RIGHT))
+        parts.append(_text(LEFT - 6, at + 4, number(value), "end"))
+    for place, (name, points) in enumerate(kept.items()):
+        path = "L".join(f"{x_axis.place(x):.1f} {y_axis.place(y):.1f}" for x, y in points)
+        if path:
+            shape = '<path class="line s{}" d="M{}"><title>{}</title></path>'
+            parts.append(Markup(shape).format(place % 6, path, name))
+    for x, y in marked:
+        if _drawn((x, y), log):
+            circle = '<circle class="mark" cx="{:.1f}" cy="{:.1f}" r="5"/>'
+            parts.append(Markup(circle).format(x_axis.place(x), y_axis.place(y)))
+    head = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, title)
+    return head + Markup("").join(parts) + Markup("</svg>")
+
+
+def thinned(points: Points) -> Points:
+    """At most `MOST` of the points, evenly spaced, the last among them."""
+    step = -(-len(points) // MOST) or 1
+    return [*points[:-1:step], *points[-1:]]
+
+
+def number(value: Number) -> str:
+    """A number as short as it can be read."""
+    size = abs(value)
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if size >= limit:
+            return f"{value / (1e3 if unit == 'k' else limit):.4g}{unit}"
+    return f"{value:.4g}"
+
+
+def _drawn(point: tuple[Number, Number], log: bool) -> bool:
+    return all(map(math.isfinite, point)) and (point[1] > 0 or not log)
+
+
+def _text(x: Number, y: Number, text: str, anchor: str, kind: str = "tick") -> Markup:
+    shape = '<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>'
+    return Markup(shape).format(kind, x, max(y, 10.0), anchor, text)

@@ -1,0 +1,185 @@
+"""The page: everything that was done is on it, it is sound HTML, and it needs nothing but itself."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import run
+from torch import nn
+
+from rankfold import ArtifactError, Budget, Result, compress, save
+from rankfold.reports.page import write_page
+from rankfold.reports.page.pictures import Axis, lines, number, thinned
+from rankfold.search import Rene
+
+VOID = {"meta", "link", "br", "img", "input", "hr", "path", "circle"}
+
+
+class Reader(HTMLParser):
+    """Checks that elements are closed in order; keeps the text, the sections, and what is fetched from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.sections: list[str] = []
+        self.fetched: list[str] = []
+        self.unnamed = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "section":
+            self.sections.append(given.get("id") or "")
+        self.fetched += [value for name, value in given.items() if name in ("src", "href", "srcset") and value]
+        self.unnamed += given.get("role") == "img" and not given.get("aria-label")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def read(path: Path) -> tuple[Reader, str]:
+    reader = Reader()
+    content = path.read_text(encoding="utf-8")
+    reader.feed(content)
+    assert reader.open == []
+    assert reader.fetched == []
+    assert reader.unnamed == 0
+    assert "<script" not in content
+    return reader, " ".join(" ".join(reader.text).split())
+
+
+@pytest.fixture
+def result(small_cnn: nn.Module) -> Result:
+    batches = [torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
+    options = {"decomposition": "auto", "budget": Budget(macs=0.4), "calibration": batches, "refine": 1}
+    return compress(small_cnn, batches[0][:1], **options)
+
+
+def test_everything_is_on_it(result: Result, tmp_path: Path):
+    path = write_page(save(result, tmp_path / "out", source={"model": "zoo:<b>mine</b>"}))
+    assert path == tmp_path / "out" / "report.html"
+    reader, text = read(path)
+    for section in ("headline", "layers", "curves", "again", "refined"):
+        assert section in reader.sections
+    assert ("channels" in reader.sections) == bool(result.plan.narrowings)
+    assert "training" not in reader.sections
+    assert "zoo:<b>mine</b>, compressed" in text, "names are text, whatever is in them"
+    for layer in result.plan.layers:
+        assert layer.name in text
+    for reason in result.plan.skipped.values():
+        assert reason in text
+    for setting in result.plan.settings:
+        assert setting in text or setting == "refined_blocks"
+    share = 100 * result.after.macs / result.before.macs
+    assert f"{share:.1f} % kept" in text
+    assert "--budget macs=0.4" in text
+    assert "--refine 1" in text
+    compile(
+        text[text.index("import rankfold") :].split(" Every setting")[0].replace("rankfold result", "rankfold; result"),
+        "",
+        "exec",
+    )
+
+
+def test_every_chosen_point_lies_on_its_curve(result: Result, tmp_path: Path):
+    folder = save(result, tmp_path / "out")
+    points = json.loads((folder / "curves.json").read_text())["points"]
+    assert points
+    for layer in result.plan.decomposed:
+        if layer.narrowed:
+            continue
+        shares, errors = zip(*points[layer.name], strict=True)
+        assert list(shares) == sorted(shares)
+        assert list(errors) == sorted(errors, reverse=True)
+        share = layer.after.macs / layer.before.macs
+        nearby = [error for at, error in points[layer.name] if abs(at - share) < 0.1]
+        assert min(nearby) <= layer.predicted_error * 1.01
+        assert max(nearby) >= layer.predicted_error * 0.99
+
+
+def test_a_search_that_keeps_its_history_is_drawn(small_cnn: nn.Module, tmp_path: Path):
+    image = torch.randn(1, 3, 8, 8)
+    made = compress(
+        small_cnn, image, decomposition="tucker", budget=Budget(macs=0.6), search=Rene(), calibration="none"
+    )
+    reader, text = read(write_page(save(made, tmp_path / "out"), tmp_path / "page.html"))
+    assert "search" in reader.sections
+    assert "How undecided each layer was" in text
+
+
+def test_names_of_eighty_characters_and_four_hundred_layers(tmp_path: Path):
+    torch.manual_seed(0)
+    long = "a_block_whose_name_says_everything_there_is_to_say_of_it_and_a_little_more_number"
+    model = nn.Sequential()
+    for number_ in range(400):
+        model.add_module(f"{long}_{number_}", nn.Linear(12, 12))
+    made = compress(model, torch.randn(1, 12), decomposition="svd", budget=Budget(params=0.5), calibration="none")
+    path = write_page(save(made, tmp_path / "out"))
+    _, text = read(path)
+    assert text.count(long) >= 400
+    assert path.stat().st_size < 2**21
+
+
+def test_a_single_layer(tmp_path: Path):
+    made = compress(
+        nn.Linear(16, 16), torch.randn(1, 16), decomposition="svd", budget=Budget(params=0.6), calibration="none"
+    )
+    _, text = read(write_page(save(made, tmp_path / "out")))
+    assert "the model itself" in text
+
+
+def test_the_command_line_writes_it_beside_every_result(tmp_path: Path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    code, _, _ = run(
+        capsys, monkeypatch, "compress", "zoo:digits", "-d", "svd", "-b", "params=0.5", "--out", str(out), "--json"
+    )
+    assert code == 0
+    read(out / "report.html")
+    code, told, _ = run(
+        capsys, monkeypatch, "report", str(out), "--out", str(tmp_path / "deep" / "page.html"), "--json"
+    )
+    assert code == 0
+    assert json.loads(told)["page"] == str(tmp_path / "deep" / "page.html")
+
+
+def test_a_damaged_directory_is_a_line_and_leaves_no_page(result: Result, tmp_path: Path, capsys, monkeypatch):
+    folder = save(result, tmp_path / "out")
+    (folder / "curves.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"curves\.json was truncated or altered"):
+        write_page(folder)
+    assert not (folder / "report.html").exists()
+    code, _, err = run(capsys, monkeypatch, "report", str(tmp_path / "nothing"))
+    assert (code, err.count("\n")) == (2, 1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="cannot write"):
+        write_page(save(result, tmp_path / "other"), tmp_path / "file" / "page.html")
+
+
+def test_lines_are_sound_and_leave_out_what_is_not_finite():
+    drawn = lines("a < b", {"<one>": [(0, 1.0), (1, float("nan")), (2, 3.0)]}, "across", "up", marked=[(1, 2.0)])
+    root = ElementTree.fromstring(str(drawn))
+    assert root.attrib["aria-label"] == "a < b"
+    (path,) = [one for one in root if one.attrib.get("class", "").startswith("line")]
+    assert path.attrib["d"].count("L") == 1
+    assert lines("nothing", {"one": []}, "across", "up") == ""
+    assert ElementTree.fromstring(str(lines("one", {"a": [(0, 0.0)]}, "x", "y"))) is not None
+    assert lines("log", {"a": [(0, 0.0)]}, "x", "y", log=True) == ""
+
+
+def test_axes_have_round_ticks_within_their_range():
+    axis = Axis(0.0, 0.87, 0, 100)
+    assert axis.ticks() == pytest.approx([0, 0.5]) or len(axis.ticks()) >= 3
+    assert [Axis(1e-4, 1.0, 0, 100, log=True).place(one) for one in (1e-4, 1e-2, 1.0)] == pytest.approx([0, 50, 100])
+    assert [number(one) for one in (0.5, 12345, 2.5e6, 3e9)] == ["0.5", "12.35k", "2.5M", "3G"]
+    assert len(thinned([(k, 0.0) for k in range(5000)])) <= 401
