@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -183,3 +185,28 @@ def test_axes_have_round_ticks_within_their_range():
     assert [Axis(1e-4, 1.0, 0, 100, log=True).place(one) for one in (1e-4, 1e-2, 1.0)] == pytest.approx([0, 50, 100])
     assert [number(one) for one in (0.5, 12345, 2.5e6, 3e9)] == ["0.5", "12.35k", "2.5M", "3G"]
     assert len(thinned([(k, 0.0) for k in range(5000)])) <= 401
+
+
+def test_a_result_that_is_slower_says_so_and_what_to_try(result: Result, tmp_path: Path):
+    slow = save(result, tmp_path / "slow", metrics={"latency_ms": {"original": 1.0, "compressed": 1.4}})
+    fast = save(result, tmp_path / "fast", metrics={"latency_ms": {"original": 1.4, "compressed": 1.0}})
+    _, told = read(write_page(slow))
+    assert "slower than the original" in told
+    assert "--decomposition interpolative" in told
+    assert "Latency, one input 1.4 ms from 1 ms: 140.0 % kept" in told
+    assert "slower" not in read(write_page(fast))[1]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no browser")
+@pytest.mark.parametrize("width", [380, 1200])
+def test_a_browser_shows_every_section_without_a_word(result: Result, tmp_path: Path, width: int):
+    page = write_page(save(result, tmp_path / "out"))
+    command = [
+        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'browser'}", "--enable-logging=stderr",
+        f"--window-size={width},2000", f"--screenshot={tmp_path / 'shot.png'}", page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "CONSOLE" not in done.stderr
+    assert (tmp_path / "shot.png").stat().st_size > 20_000

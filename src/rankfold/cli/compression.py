@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from rankfold.sources.models import Source
     from rankfold.training import Training
 
+TIMED = 3.0
+"""Seconds in which the result is timed beside its original, about."""
 BLOCKS, BLOCKS_IN_BATCH = 128, 4
 """Blocks of text to calibrate on, unless said otherwise, and those in a pass."""
 OBJECTIVES = ("reconstruction", "divergence", "validation")
@@ -140,6 +142,7 @@ def compress(
 ) -> None:
     """Make a smaller model within a budget, and save it; with --finetune, recover its accuracy too."""
     from rankfold.budget import Budget
+    from rankfold.evaluation import latency
     from rankfold.files.artifact import check_target, digest, save
     from rankfold.pipeline import compress as run_compression
     from rankfold.reports.page import write_page
@@ -171,9 +174,14 @@ def compress(
     origin: dict[str, Any] = {"model": model, "seed": seed, **({"input_shape": list(shape)} if shape else {})}
     if weights:
         origin |= {"weights": str(weights.absolute()), "weights_sha256": digest(weights)}
-    path = save(result, small, source=origin)
+    times = latency((source.model, result.model), example, seconds=TIMED)
+    timed = {"latency_ms": dict(zip(("original", "compressed"), times, strict=True))}
+    path = save(result, small, source=origin, metrics=timed)
     write_page(path)
-    told, shown = tables.compression_dict(result, path), [tables.compression(result, path)]
+    told, shown = (
+        {**tables.compression_dict(result, path), **timed},
+        [tables.compression(result, path, times)],
+    )
     if finetune and training:
         from rankfold.training.saved import fine_tune_saved
 

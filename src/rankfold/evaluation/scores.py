@@ -60,11 +60,20 @@ def accuracy(
     return Accuracy(100 * first / len(dataset), 100 * fifth / len(dataset), len(dataset))
 
 
-def latency(models: Sequence[nn.Module], inputs: Inputs, *, rounds: int = 30, warmup: int = 5) -> tuple[float, ...]:
+def latency(
+    models: Sequence[nn.Module], inputs: Inputs, *, rounds: int = 30, warmup: int = 5, seconds: float = math.inf
+) -> tuple[float, ...]:
     """Median milliseconds of one forward pass per model, the models taking turns in one run.
 
     Taking turns makes the ratios hold where the machine's speed drifts; absolute figures are of this machine, now.
+    With `seconds` there are as many rounds, at least three and two to warm up, as take about so long.
     """
+    if seconds < math.inf:
+        start = time.perf_counter()
+        for model in models:
+            run(model, inputs)
+        affordable = int(seconds / max(time.perf_counter() - start, 1e-6))
+        rounds, warmup = max(3, min(rounds, affordable)), max(2, min(warmup, affordable))
     samples: list[list[float]] = [[] for _ in models]
     for turn in range(warmup + rounds):
         for model, taken in zip(models, samples, strict=True):

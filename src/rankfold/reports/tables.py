@@ -55,8 +55,8 @@ def compression_dict(result: Result, out: Path) -> dict[str, Any]:
     }
 
 
-def compression(result: Result, out: Path) -> RenderableType:
-    """A compression as a table: layers, skipped layers, totals."""
+def compression(result: Result, out: Path, times: Sequence[float] = ()) -> RenderableType:
+    """A compression as a table: layers, skipped layers, totals, and latencies of the original and the result."""
     table = Listing("@layer", "?kind", "?weight", "becomes", "ranks", ">?MACs", ">kept", ">error %")
     for layer in result.plan.layers:
         kept = layer.after.macs / max(layer.before.macs, 1)
@@ -79,11 +79,27 @@ def compression(result: Result, out: Path) -> RenderableType:
         what = "sum of what errors cost the output predicted"
     notes = [
         totals(result.before, result.after),
+        *([Text(speed(*times), "yellow" if times[1] > SLOWER * times[0] else "")] if times else []),
         Text(f"{what} {objective:.4g}{proof}", "dim"),
         Text(calibration(result.plan.settings), "dim"),
         Text(f"{out}  ({result.seconds:.1f} s)"),
     ]
     return Group(table, skipped(result.plan.skipped), *notes)
+
+
+def speed(before: float, after: float) -> str:
+    """Both latencies in a line, with what may help where nothing was gained."""
+    told = f"latency {before:.3g} → {after:.3g} ms on the example inputs, here ({after / max(before, 1e-9):.2f}×)"
+    if after <= SLOWER * before:
+        return told
+    return (
+        f"{told}: slower than the original, as thin layers are where memory and calls cost more than products; try "
+        "--decomposition interpolative, which makes layers narrower, --align 8, or --include for the largest only"
+    )
+
+
+SLOWER = 1.05
+"""Ratio of latencies from which on a result is called slower than its original: below it, it may be noise."""
 
 
 def _becomes(layer: LayerPlan) -> str | Text:

@@ -14,7 +14,7 @@ from rankfold.budget import UNITS, Cost
 from rankfold.plan import LayerPlan, Plan, channels_named
 from rankfold.reports.layout import grouped
 from rankfold.reports.page.pictures import lines, number
-from rankfold.reports.tables import calibration
+from rankfold.reports.tables import SLOWER, calibration, speed
 
 SHOWN = 24
 """Curves, and layers of a search's history, that are drawn: those where most is saved."""
@@ -53,10 +53,12 @@ def content_of(
     """All that the template is filled with."""
     unit = next((one for one in plan.settings.get("budget", {}) if one in UNITS), "macs")
     refined: Mapping[str, Sequence[float]] = plan.settings.get("refined_blocks", {})
+    times = list(metrics.get("latency_ms", {}).values())
     return {
         "name": plan.source.get("model") or "A network",
         "figures": [*_scores(metrics), *_costs(plan)],
-        "unmeasured": not _scores(metrics),
+        "unmeasured": not metrics.get("fine_tuning"),
+        "slower": speed(*times) if len(times) == 2 and times[1] > SLOWER * times[0] else "",
         "told": _told(plan),
         "unit": TITLES[unit],
         "rows": [_row(layer, plan, unit) for layer in plan.layers],

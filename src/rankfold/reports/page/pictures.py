@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-WIDTH, HEIGHT = 560, 240
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 36
+WIDTH, HEIGHT = 360, 220
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 18, 36
 MOST = 400
 """Points of a line that are drawn."""
 
@@ -38,8 +38,10 @@ class Axis:
         if self.log:
             first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
             apart = max(1, (last - first) // 4)
-            return [10.0**power for power in range(first, last + 1, apart)] or [self.low, self.high]
-        rough = (self.high - self.low) / 4 or 1.0
+            whole = [10.0**power for power in range(first, last + 1, apart)]
+            parts = [one * 10.0**power for power in range(first - 1, last + 1) for one in (1, 2, 5)]
+            return whole if last - first > 1 else [one for one in parts if self.low <= one <= self.high] or [self.low]
+        rough = (self.high - self.low) / 5 or 1.0
         size = 10.0 ** math.floor(math.log10(rough))
         step = next(size * one for one in (1, 2, 5, 10) if size * one >= rough)
         first = math.ceil(self.low / step - 1e-9)
@@ -64,7 +66,7 @@ def lines(
     x_axis = Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT)
     low = min(ys) if log else min(0.0, *ys)
     y_axis = Axis(low, max(*ys, low * 1.0001 if log else low + 1e-12), HEIGHT - BOTTOM, TOP, log)
-    parts = [_text(WIDTH / 2, HEIGHT - 4, across, "middle"), _text(4, TOP - 2, up, "start", "caption")]
+    parts = [_text(WIDTH / 2, HEIGHT - 4, across, "middle"), _text(4, TOP - 6, up, "start", "caption")]
     for value in x_axis.ticks():
         parts.append(_text(x_axis.place(value), HEIGHT - BOTTOM + 14, number(value), "middle"))
     for value in y_axis.ticks():
