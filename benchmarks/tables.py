@@ -236,6 +236,28 @@ SPEED = {
 """The columns of the records of calibrated compression."""
 
 
+def language_models(records: list[dict[str, Any]]) -> str:
+    """A language model by method and size: perplexity on both texts, what was lost, and the speed that came of it."""
+    header = ["method", "epochs by blocks", "of the blocks kept"]
+    texts = list(records[0]["perplexity"])
+    header += [f"perplexity, {text}" for text in texts] + [f"nats lost, {text}" for text in texts]
+    header += ["tokens/s, prompt", "tokens/s, written", "seconds", "GB"]
+    rows = [
+        [
+            one["method"],
+            str(one["epochs"]),
+            f"{100 * one['blocks_kept']:.1f} %",
+            *(f"{one['perplexity'][text]} ({one['base_perplexity'][text]})" for text in texts),
+            *(f"{one['nats_lost'][text]:.3f}" for text in texts),
+            *(f"{share:.2f}×" for share in one["speed_kept"] or ()),
+            str(one["seconds"]),
+            str(one["peak_gb"]),
+        ]
+        for one in sorted(records, key=lambda one: (-round(one["blocks_kept"], 2), one["method"], one["epochs"]))
+    ]
+    return table(header, rows)
+
+
 def fill(path: Path, marker: str, body: str) -> None:
     """Puts a text between a file's markers."""
     filled = f"<!-- {marker} -->\n{body}\n<!-- /{marker} -->"
@@ -341,6 +363,8 @@ def _fill_training() -> None:
         if records := gathered(marker):
             rows = sorted(records, key=lambda one: (one.get("model", ""), -one.get("budget", 0), one.get("epochs", 0)))
             fill(ROOT / "docs" / "calibration.md", marker, f"\n{rows_of(rows, columns)}\n\n{source(records)}")
+    if records := gathered("language"):
+        fill(ROOT / "docs" / "language.md", "language", f"\n{language_models(records)}\n\n{source(records)}")
     for marker, belongs in FINE_TUNINGS.items():
         if part := [one for one in newest("finetune") if belongs(one)]:
             body = f"\n{fine_tunings(part)}\n\n{source(part)}"

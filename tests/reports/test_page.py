@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from command_line import run
@@ -153,6 +154,26 @@ def test_the_command_line_writes_it_beside_every_result(tmp_path: Path, capsys, 
     )
     assert code == 0
     assert json.loads(told)["page"] == str(tmp_path / "deep" / "page.html")
+
+
+def test_what_it_was_scored_with_is_kept_and_shown(tmp_path: Path, capsys, monkeypatch):
+    out, data = tmp_path / "out", tmp_path / "digits.npz"
+    x, y = np.random.default_rng(0).random((20, 1, 8, 8), dtype=np.float32), np.arange(20) % 10
+    np.savez(data, x=x, y=y)
+    run(capsys, monkeypatch, "compress", "zoo:digits", "-d", "svd", "-b", "params=0.5", "--out", str(out), "--json")
+    assert "Accuracy was not measured" in read(out / "report.html")[1]
+    code, told, _ = run(capsys, monkeypatch, "evaluate", str(out), "--data", f"npz:{data}", "--original", "--json")
+    assert code == 0
+    found = json.loads(told)
+    assert json.loads((out / "evaluations.json").read_text()) == {f"npz:{data}": found}
+    _, text = read(out / "report.html")
+    assert "Accuracy was not measured" not in text
+    scores = [found[side]["top1"] for side in ("compressed", "original")]
+    assert f"Top-1, digits.npz {scores[0]:.2f} % from {scores[1]:.2f} %" in text
+    (out / "evaluations.json").write_text("no")
+    code, _, err = run(capsys, monkeypatch, "report", str(out))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "remove it, and evaluate again" in err
 
 
 def test_a_damaged_directory_is_a_line_and_leaves_no_page(result: Result, tmp_path: Path, capsys, monkeypatch):

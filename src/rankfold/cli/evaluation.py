@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from rankfold.cli.options import Json, numbers, print_json, progress_bars
+from rankfold.errors import ArtifactError
 from rankfold.reports import tables
 from rankfold.reports.layout import show
 
@@ -41,13 +43,14 @@ def evaluate(
     if is_text(data):
         with progress_bars(as_json) as progress:
             found = compare_on_text(directory, data, length=length, samples=samples, weights=weights, progress=progress)
+        _keep(directory, data, found.as_dict())
         if as_json:
             print_json(found.as_dict())
         else:
             show(tables.language_comparison(found))
         return
     with progress_bars(as_json) as progress:
-        report = compare(
+        compared = compare(
             directory,
             data,
             original=original,
@@ -57,10 +60,21 @@ def evaluate(
             batch_size=batch_size,
             progress=progress,
         )
+    _keep(directory, data, compared.as_dict())
     if as_json:
-        print_json(report.as_dict())
+        print_json(compared.as_dict())
     else:
-        show(tables.comparison(report))
+        show(tables.comparison(compared))
+
+
+def _keep(directory: Path, data: str, found: dict[str, Any]) -> None:
+    """Keeps what was found beside the model, and shows it on its page, where the directory can be written to."""
+    from rankfold.files.artifact import save_evaluation
+    from rankfold.reports.page import write_page
+
+    with suppress(ArtifactError):
+        save_evaluation(directory, data, found)
+        write_page(directory)
 
 
 def report(

@@ -32,7 +32,7 @@ from rankfold.pipeline import Result
 from rankfold.plan import KNOWN_PLAN, Plan
 
 PLAN, WEIGHTS, METRICS, STATE = "plan.json", "model.safetensors", "metrics.json", "state.json"
-TRACE, CURVES = "trace.json", "curves.json"
+TRACE, CURVES, EVALUATIONS = "trace.json", "curves.json", "evaluations.json"
 USAGE = "save(result, directory), save(model, plan, directory), or save(model, directory) for a model that was loaded"
 
 
@@ -168,6 +168,36 @@ def load_trace(directory: str | Path) -> dict[str, Any] | None:
 def load_curves(directory: str | Path) -> dict[str, Any] | None:
     """What the search chose from, as `rankfold.search.outline` draws it; None where it was not saved."""
     return _read_json(directory, CURVES, load_plan(directory))
+
+
+def save_evaluation(directory: str | Path, data: str, found: Mapping[str, Any]) -> None:
+    """Keeps what a saved model was scored with on some data, in evaluations.json; the latest for each data counts.
+
+    It is not part of what is saved, and may go. Raises ArtifactError where it cannot be written.
+    """
+    path = Path(directory) / EVALUATIONS
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        text = json.dumps({**load_evaluations(directory), data: dict(found)}, indent=2)
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ArtifactError(f"cannot write {path}: {error.strerror}; nothing was changed") from error
+
+
+def load_evaluations(directory: str | Path) -> dict[str, Any]:
+    """What a saved model was scored with, by the data; empty where it was not."""
+    path = Path(directory) / EVALUATIONS
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); remove it, and evaluate again") from error
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path} does not hold what evaluate writes; remove it, and evaluate again")
+    return content
 
 
 def check_target(directory: str | Path) -> None:

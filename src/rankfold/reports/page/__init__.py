@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from rankfold.errors import ArtifactError
-from rankfold.files.artifact import load_curves, load_metrics, load_plan, load_trace
+from rankfold.files.artifact import load_curves, load_evaluations, load_metrics, load_plan, load_trace
 from rankfold.reports.page.content import content_of
 
 NAME = "report.html"
@@ -22,7 +22,9 @@ def write_page(directory: str | Path, out: str | Path | None = None) -> Path:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     plan = load_plan(directory)
-    content = content_of(plan, load_metrics(directory), load_trace(directory), load_curves(directory))
+    content = content_of(
+        plan, load_metrics(directory), load_evaluations(directory), load_trace(directory), load_curves(directory)
+    )
     templates = Environment(
         loader=PackageLoader("rankfold.reports.page", "templates"),
         autoescape=True,

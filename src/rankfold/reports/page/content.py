@@ -48,7 +48,11 @@ class Row:
 
 
 def content_of(
-    plan: Plan, metrics: Mapping[str, Any], trace: Mapping[str, Any] | None, curves: Mapping[str, Any] | None
+    plan: Plan,
+    metrics: Mapping[str, Any],
+    evaluations: Mapping[str, Any],
+    trace: Mapping[str, Any] | None,
+    curves: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """All that the template is filled with."""
     unit = next((one for one in plan.settings.get("budget", {}) if one in UNITS), "macs")
@@ -56,8 +60,8 @@ def content_of(
     times = list(metrics.get("latency_ms", {}).values())
     return {
         "name": plan.source.get("model") or "A network",
-        "figures": [*_scores(metrics), *_costs(plan)],
-        "unmeasured": not metrics.get("fine_tuning"),
+        "figures": [*_evaluated(evaluations), *_scores(metrics), *_costs(plan)],
+        "unmeasured": not metrics.get("fine_tuning") and not evaluations,
         "slower": speed(*times) if len(times) == 2 and times[1] > SLOWER * times[0] else "",
         "told": _told(plan),
         "unit": TITLES[unit],
@@ -75,6 +79,23 @@ def content_of(
         "code": _code(plan),
         "seconds": metrics.get("seconds"),
     }
+
+
+def _evaluated(evaluations: Mapping[str, Any]) -> list[Figure]:
+    """What the model was scored with since, on whichever data."""
+    found = []
+    for data, one in evaluations.items():
+        was, now, name = one["original"], one["compressed"], data.rpartition("/")[2]
+        if "perplexity" in now:
+            found.append(Figure(f"Perplexity, {name}", f"{was['perplexity']:.2f}", f"{now['perplexity']:.2f}"))
+            speeds = (was["tokens_per_second"]["written"], now["tokens_per_second"]["written"])
+            if all(speeds):
+                share = 100 * speeds[1] / speeds[0]
+                found.append(Figure("Tokens per second, written", f"{speeds[0]:.1f}", f"{speeds[1]:.1f}", share))
+        else:
+            before = "an unscored original" if was["top1"] is None else f"{was['top1']:.2f} %"
+            found.append(Figure(f"Top-1, {name}", before, f"{now['top1']:.2f} %"))
+    return found
 
 
 def _scores(metrics: Mapping[str, Any]) -> list[Figure]:
