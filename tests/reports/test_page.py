@@ -16,6 +16,7 @@ from command_line import run
 from torch import nn
 
 from rankfold import ArtifactError, Budget, Result, compress, save
+from rankfold.files.artifact import save_evaluation
 from rankfold.reports.page import write_page
 from rankfold.reports.page.pictures import Axis, lines, number, thinned
 from rankfold.search import Rene
@@ -174,6 +175,31 @@ def test_what_it_was_scored_with_is_kept_and_shown(tmp_path: Path, capsys, monke
     code, _, err = run(capsys, monkeypatch, "report", str(out))
     assert (code, err.count("\n")) == (2, 1)
     assert "remove it, and evaluate again" in err
+
+
+def test_several_results_stand_on_one_page(small_cnn: nn.Module, tmp_path: Path, capsys, monkeypatch):
+    folders = []
+    for budget, score in ((0.7, 90.0), (0.4, 80.5)):
+        made = compress(
+            small_cnn, torch.randn(1, 3, 8, 8), decomposition="svd", budget=Budget(macs=budget), calibration="none"
+        )
+        folders.append(save(made, tmp_path / str(budget) / "out"))
+        save_evaluation(folders[-1], "npz:a/test.npz", {"original": {"top1": 91.0}, "compressed": {"top1": score}})
+    page = tmp_path / "both.html"
+    code, _, err = run(capsys, monkeypatch, "compare", *map(str, folders), "--out", str(page))
+    assert (code, err) == (0, "")
+    reader, text = read(page)
+    assert reader.sections == ["front", "results"]
+    assert "0.7/out" in text, "names are told apart"
+    assert "80.50" in text
+    assert "top-1 % on npz:a/test.npz over MACs kept" in text
+    assert page.read_text().count("<circle") == 6, "two results and the original, over two costs"
+    (folders[0] / "evaluations.json").unlink()
+    code, _, _ = run(capsys, monkeypatch, "compare", *map(str, folders), "--out", str(page))
+    assert "not all scored on the same data" in read(page)[1]
+    code, _, err = run(capsys, monkeypatch, "compare", str(folders[0]), "--out", str(page))
+    assert code == 2
+    assert "give two directories or more" in err
 
 
 def test_a_damaged_directory_is_a_line_and_leaves_no_page(result: Result, tmp_path: Path, capsys, monkeypatch):

@@ -37,7 +37,8 @@ def evaluate(
 
     On text both are scored by perplexity, and by how many tokens they read and write per second.
     """
-    from rankfold.reports.comparison import compare, compare_on_text
+    from rankfold.reports.comparison import compare as compare_on_data
+    from rankfold.reports.comparison import compare_on_text
     from rankfold.sources.text import is_text
 
     if is_text(data):
@@ -50,7 +51,7 @@ def evaluate(
             show(tables.language_comparison(found))
         return
     with progress_bars(as_json) as progress:
-        compared = compare(
+        compared = compare_on_data(
             directory,
             data,
             original=original,
@@ -86,6 +87,21 @@ def report(
     from rankfold.reports.page import write_page
 
     path = write_page(directory, out)
+    if as_json:
+        print_json({"page": str(path), "bytes": path.stat().st_size})
+    else:
+        print(path)
+
+
+def compare(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR DIR...", help="Directories of results.")],
+    out: Annotated[Path, typer.Option(help="The page's file.")] = Path("compare.html"),
+    as_json: Json = False,
+) -> None:
+    """Put several results on one page: what each costs, and what it scored on data that all were evaluated on."""
+    from rankfold.reports.page import write_front
+
+    path = write_front(directories, out)
     if as_json:
         print_json({"page": str(path), "bytes": path.stat().st_size})
     else:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from rankfold.errors import ArtifactError
 from rankfold.files.artifact import load_curves, load_evaluations, load_metrics, load_plan, load_trace
 from rankfold.reports.page.content import content_of
+from rankfold.reports.page.front import front_of
 
 NAME = "report.html"
 """The page's name in a saved model's directory."""
@@ -19,12 +22,22 @@ def write_page(directory: str | Path, out: str | Path | None = None) -> Path:
 
     Raises ArtifactError where the directory is not a sound saved model, or the page cannot be written.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     plan = load_plan(directory)
     content = content_of(
         plan, load_metrics(directory), load_evaluations(directory), load_trace(directory), load_curves(directory)
     )
+    return _written("page.html", content, Path(out) if out is not None else Path(directory) / NAME)
+
+
+def write_front(directories: Sequence[str | Path], out: str | Path) -> Path:
+    """Writes a page that compares several saved models, and returns its path; raises ArtifactError as `write_page`."""
+    return _written("front.html", front_of(directories), Path(out))
+
+
+def _written(template: str, content: Mapping[str, Any], target: Path) -> Path:
+    """Fills a template and puts it in its place in one step."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     templates = Environment(
         loader=PackageLoader("rankfold.reports.page", "templates"),
         autoescape=True,
@@ -32,8 +45,7 @@ def write_page(directory: str | Path, out: str | Path | None = None) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    text = templates.get_template("page.html").render(content)
-    target = Path(out) if out is not None else Path(directory) / NAME
+    text = templates.get_template(template).render(content)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -66,13 +66,7 @@ def lines(
     x_axis = Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT)
     low = min(ys) if log else min(0.0, *ys)
     y_axis = Axis(low, max(*ys, low * 1.0001 if log else low + 1e-12), HEIGHT - BOTTOM, TOP, log)
-    parts = [_text(WIDTH / 2, HEIGHT - 4, across, "middle"), _text(4, TOP - 6, up, "start", "caption")]
-    for value in x_axis.ticks():
-        parts.append(_text(x_axis.place(value), HEIGHT - BOTTOM + 14, number(value), "middle"))
-    for value in y_axis.ticks():
-        at = y_axis.place(value)
-        parts.append(Markup('<path class="grid" d="M{} {:.1f}H{}"/>').format(LEFT, at, WIDTH - RIGHT))
-        parts.append(_text(LEFT - 6, at + 4, number(value), "end"))
+    parts = _frame(x_axis, y_axis, across, up)
     for place, (name, points) in enumerate(kept.items()):
         path = "L".join(f"{x_axis.place(x):.1f} {y_axis.place(y):.1f}" for x, y in points)
         if path:
@@ -82,8 +76,35 @@ def lines(
         if _drawn((x, y), log):
             circle = '<circle class="mark" cx="{:.1f}" cy="{:.1f}" r="5"/>'
             parts.append(Markup(circle).format(x_axis.place(x), y_axis.place(y)))
-    head = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, title)
-    return head + Markup("").join(parts) + Markup("</svg>")
+    return _picture(title, parts)
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A named point; without a height it is left out."""
+
+    name: str
+    x: Number
+    y: Number | None
+
+
+def spots(title: str, given: Sequence[Spot], across: str, up: str) -> Markup:
+    """Named points over a common axis, each with its name beside it."""
+    known = [(one.name, float(one.x), float(one.y)) for one in given if one.y is not None and math.isfinite(one.y)]
+    if not known:
+        return Markup("")
+    xs, ys = [x for _, x, _ in known], [y for _, _, y in known]
+    x_axis = Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT)
+    spread = max(ys) - min(ys) or abs(ys[0]) or 1.0
+    y_axis = Axis(min(ys) - spread / 10, max(ys) + spread / 10, HEIGHT - BOTTOM, TOP)
+    parts = _frame(x_axis, y_axis, across, up)
+    for name, x, y in known:
+        left, high = x_axis.place(x), y_axis.place(y)
+        circle = '<circle class="mark" cx="{:.1f}" cy="{:.1f}" r="4"><title>{}</title></circle>'
+        parts.append(Markup(circle).format(left, high, f"{name}: {number(x)}, {number(y)}"))
+        beside = (left - 7, "end") if left > WIDTH / 2 else (left + 7, "start")
+        parts.append(_text(beside[0], high - 5, name, beside[1]))
+    return _picture(title, parts)
 
 
 def thinned(points: Points) -> Points:
@@ -99,6 +120,23 @@ def number(value: Number) -> str:
         if size >= limit:
             return f"{value / (1e3 if unit == 'k' else limit):.4g}{unit}"
     return f"{value:.4g}"
+
+
+def _frame(x_axis: Axis, y_axis: Axis, across: str, up: str) -> list[Markup]:
+    """The axes' names, ticks, and lines across."""
+    parts = [_text(WIDTH / 2, HEIGHT - 4, across, "middle"), _text(4, TOP - 6, up, "start", "caption")]
+    for value in x_axis.ticks():
+        parts.append(_text(x_axis.place(value), HEIGHT - BOTTOM + 14, number(value), "middle"))
+    for value in y_axis.ticks():
+        at = y_axis.place(value)
+        parts.append(Markup('<path class="grid" d="M{} {:.1f}H{}"/>').format(LEFT, at, WIDTH - RIGHT))
+        parts.append(_text(LEFT - 6, at + 4, number(value), "end"))
+    return parts
+
+
+def _picture(title: str, parts: Sequence[Markup]) -> Markup:
+    head = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, title)
+    return head + Markup("").join(parts) + Markup("</svg>")
 
 
 def _drawn(point: tuple[Number, Number], log: bool) -> bool:
