@@ -180,5 +180,5 @@ def test_finalize_writes_a_program_that_runs_without_the_package(small: Path, tm
         expected = load(small, digits()[0])(x)
     torch.testing.assert_close(torch.load(found), expected, rtol=1e-4, atol=1e-4)
     assert [path.name for path in tmp_path.glob("*.pt2")] == ["model.pt2"]
-    code, _, err = run(capsys, monkeypatch, "finalize", str(small), "--out", str(tmp_path / "model.onnx"))
-    assert (code, "ends in .pt2" in err) == (2, True)
+    code, _, err = run(capsys, monkeypatch, "finalize", str(small), "--out", str(tmp_path / "model.tflite"))
+    assert (code, "give one of .pt2, .onnx" in err) == (2, True)

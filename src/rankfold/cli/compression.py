@@ -18,7 +18,6 @@ from rankfold.cli.options import (
     Seed,
     Weights,
     examples,
-    one_input,
     open_model,
     print_json,
     progress_bars,
@@ -202,6 +201,7 @@ def _training(
         if test is not None:
             raise DataError("--test is for --finetune; score a model that is only compressed with evaluate")
         return None
+    from rankfold.files.original import one_input
     from rankfold.sources.data import open_dataset
     from rankfold.training import Training
     from rankfold.training.saved import synthetic_count

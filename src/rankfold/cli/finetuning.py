@@ -106,13 +106,13 @@ def finetune(
 
 def finalize(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that compress or finetune wrote.")],
-    out: Annotated[Path, typer.Option(help="A file that ends in .pt2, or a directory.")],
+    out: Annotated[Path, typer.Option(help="A file that ends in .pt2 or .onnx, or a directory.")],
     as_json: Json = False,
 ) -> None:
-    """Write a model for deployment: a file that torch.export.load runs, or a directory for transformers.
+    """Write a model for deployment: a file for torch.export.load or ONNX Runtime, or a directory for transformers.
 
-    The file, which ends in .pt2, has batch norms folded and needs no rankfold. The directory is for a Hugging Face
-    model, and is loaded by from_pretrained.
+    The file has batch norms folded and needs no rankfold; one that ends in .onnx is timed beside the original's. The
+    directory is for a Hugging Face model, and is loaded by from_pretrained.
     """
     from rankfold.files.export import finalize as write_program
     from rankfold.files.pretrained import finalize_pretrained

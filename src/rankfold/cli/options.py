@@ -71,19 +71,13 @@ def open_model(
 
 def examples(spec: str, samples: int, source: Source, shape: tuple[int, ...] | None) -> Iterator[tuple[Any, Any]]:
     """Batches of evenly spaced examples with their labels."""
+    from rankfold.files.original import one_input
     from rankfold.sources.data import open_dataset
 
     shape = one_input(shape, spec)
     chosen = open_dataset(spec, shape, source.normalised_by(shape[0])).sample(samples)
     for start in range(0, len(chosen), _BATCH):
         yield chosen.batch(start, start + _BATCH)
-
-
-def one_input(shape: tuple[int, ...] | None, spec: str) -> tuple[int, ...]:
-    """The shape of one input, for data; raises DataError for a network that takes several."""
-    if shape is None:
-        raise DataError(f"{spec} holds one input per example, and this model takes several; use the Python interface")
-    return shape
 
 
 def read_shape(text: str) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from rankfold.budget import Cost
 from rankfold.evaluation import Accuracy, Perplexity, Speed, accuracy, latency, perplexity, speeds
 from rankfold.evaluation.language import check_causal
 from rankfold.files.artifact import load, load_plan
-from rankfold.files.original import load_original_, rebuild
+from rankfold.files.original import load_original_, one_input, rebuild
 from rankfold.progress import Progress, silent
 from rankfold.sources.data import Normalisation, open_dataset
 from rankfold.sources.text import Blocks, open_text
@@ -143,7 +143,8 @@ def compare(
     then, or those in `weights`. Normalisation is the model's own unless `mean` and `std` are given.
     """
     plan = load_plan(directory)
-    source, shape = rebuild(plan, directory)
+    source, several = rebuild(plan, directory)
+    shape = one_input(several, data)
     student = load(directory, source.model)
     normalisation = source.normalised_by(shape[0], mean, std)
     dataset = open_dataset(data, shape, normalisation, normalise_floats=mean is not None or std is not None)

@@ -221,11 +221,14 @@ def fine_tuning(found: FineTuning) -> RenderableType:
 
 def exported(found: Exported) -> RenderableType:
     """An exported file, and how to run it."""
-    told = f"{found.folded} batch norms folded; outputs differ by {found.difference:.1g} of the largest"
+    sizes = "any number of examples" if found.free else "batches of two examples alone"
+    told = f"{found.folded} batch norms folded; takes {sizes}; outputs differ by {found.difference:.1g} of the largest"
+    onnx = found.path.suffix == ".onnx"
+    call = f'onnxruntime.InferenceSession("{found.path}")' if onnx else f'torch.export.load("{found.path}").module()'
+    times = found.latency_ms
+    timed = f"in ONNX Runtime, two examples: {times[0]:.3g} → {times[1]:.3g} ms" if times else ""
     return Group(
-        Text(f"{found.path}  ({count(found.bytes)}B)"),
-        Text(told, "dim"),
-        Text(f'torch.export.load("{found.path}").module()'),
+        Text(f"{found.path}  ({count(found.bytes)}B)"), Text(told, "dim"), *([Text(timed)] if timed else []), Text(call)
     )
 
 

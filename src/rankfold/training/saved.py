@@ -18,7 +18,7 @@ from rankfold.decompositions.metric import IDENTITY
 from rankfold.errors import DataError
 from rankfold.evaluation import accuracy, latency
 from rankfold.files.artifact import check_target, digest, load, load_plan, save
-from rankfold.files.original import load_original_, rebuild
+from rankfold.files.original import load_original_, one_input, rebuild
 from rankfold.network.kinds import shape_of, stage_factors, weight_of
 from rankfold.network.narrowing import narrowed_error
 from rankfold.network.surgery import opened_for
@@ -95,7 +95,8 @@ def fine_tune_saved(
     check_target(target)
     start = time.perf_counter()
     plan = load_plan(directory)
-    source, shape = rebuild(plan, directory)
+    source, several = rebuild(plan, directory)
+    shape = one_input(several, data)
     student = load(directory, source.model)
     load_original_(source.model, plan, weights)
     normalised = source.normalised_by(shape[0])
