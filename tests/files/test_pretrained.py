@@ -100,8 +100,30 @@ def test_it_writes_on_with_its_cache_and_is_trained(compressed: Any, tmp_path: P
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
+
+
+def test_adapters_attach_to_its_factors_and_train(compressed: Any, tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(save_pretrained(compressed, tmp_path / "small"))
+    whole = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    adapted = peft.get_peft_model(loaded, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    names = {name for name, one in adapted.named_parameters() if one.requires_grad}
+    assert any(f".{layer.name}.0.lora_A" in name for name in names for layer in compressed.plan.decomposed)
+    trained = [one for one in adapted.parameters() if one.requires_grad]
+    optimiser = torch.optim.Adam(trained, lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = adapted(input_ids=tokens(), labels=tokens()).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.05
+    with adapted.disable_adapter():
+        assert torch.allclose(adapted(tokens()).logits, compressed.model(tokens()).logits, atol=1e-5)
+    assert all(torch.equal(whole[name], one) for name, one in adapted.unload().state_dict().items())
 
 
 def test_bfloat16_ties_shards_and_the_generation_configuration_are_kept(tmp_path: Path):
