@@ -5,7 +5,9 @@ Shares of it are a function of the limit, not of what happens to be free, so tha
 
 from __future__ import annotations
 
+import ctypes
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,6 +20,7 @@ LEAST = 2**28
 PLENTY = 2**32
 """Bytes from which on more changes no result: all shares that results depend on are at their most."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 _limit: ContextVar[int | None] = ContextVar("limit", default=None)
 
 
@@ -40,6 +43,15 @@ def share(part: float, most: int | None = None) -> int:
     limit = _limit.get()
     allowed = int(part * (usual() if limit is None else limit))
     return allowed if most is None else min(allowed, most)
+
+
+def trim() -> None:
+    """Gives back to the system what has been freed.
+
+    C libraries keep it for the thread that had asked for it, and passes that wait are threads.
+    """
+    if _trim is not None:
+        _trim(0)
 
 
 def usual() -> int:

@@ -31,6 +31,7 @@ from rankfold.decompositions import energy_of, wiring_of
 from rankfold.decompositions.metric import IDENTITY, Moment
 from rankfold.decompositions.refine import refine
 from rankfold.decompositions.wiring import LayerShape
+from rankfold.memory import trim
 from rankfold.network.copies import sharing
 from rankfold.network.kinds import shape_of, stage_factors, weight_of, weights_of_stages
 from rankfold.network.layouts import write_factors_
@@ -75,6 +76,8 @@ def refit_(
             found, place_of_ridge = _fitted(pair, place, halves, place_of_ridge)
             if place.calls == 1:
                 _recentre_(pair, place, halves[0] + halves[1], found)
+            del halves
+            trim()
         progress("fitting in forward order", len(passes.places), len(passes.places))
         fitted = {place.layer.name for place in passes.places}
     return with_errors(student, model, plan, fitted, moments or {})

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rankfold.calibration.in_step import most_waiting
 from rankfold.calibration.moments import forward_batch
 from rankfold.calibration.walks import walking
+from rankfold.memory import trim
 from rankfold.network.blocks import find_blocks, first_tensor
 from rankfold.network.passes import Inputs, copied, evaluating, split
 from rankfold.plan import Plan
@@ -79,6 +80,7 @@ def refine_(
             if all(one is not None for one in wanted):
                 examples = _Examples([call for _, call in calls], cast("list[Tensor]", wanted), len(judged))
                 found.append(Refined(name, *_descended(module, _own(student, module), examples, epochs)))
+            trim()
     progress("refining blocks", len(blocks), len(blocks))
     return found
 
