@@ -180,7 +180,7 @@ def perplexity(model: nn.Module, tested: Tensor) -> float:
     return math.exp(sum(float(model(input_ids=one[None], labels=one[None]).loss) for one in tested) / len(tested))
 
 
-def speeds(folder: Path, count: int, report: Callable[..., None]) -> list[dict[str, Any]]:
+def speeds(folder: Path, count: int, align: int | None, report: Callable[..., None]) -> list[dict[str, Any]]:
     """Latencies at 70 % of the MACs, of units and of low rank, side by side with the original, channels last."""
     found = []
     for name in ("mobilenet_v2", "resnet50"):
@@ -194,6 +194,7 @@ def speeds(folder: Path, count: int, report: Callable[..., None]) -> list[dict[s
                 budget=Budget(macs=0.7),
                 calibration=batches,
                 sequential=False,
+                align=align,
                 progress=report,
             )
             for method in ("interpolative", "svd")
@@ -207,7 +208,7 @@ def speeds(folder: Path, count: int, report: Callable[..., None]) -> list[dict[s
                 macs = made[method].after.macs / made[method].before.macs
                 found.append(
                     record(
-                        case=f"speed:{name}:{method}:{batch}",
+                        case=f"speed:{name}:{method}:{batch}{f':align {align}' if align else ''}",
                         model=name,
                         method=method,
                         batch=batch,
@@ -228,6 +229,7 @@ def main() -> None:
     arguments.add_argument("--images", type=int, default=500, help="calibration images of ImageNet networks")
     arguments.add_argument("--language", type=Path, help="folder of the language model")
     arguments.add_argument("--speed", action="store_true", help="measure latencies")
+    arguments.add_argument("--align", type=int, help="widths on multiples of this, for --speed")
     given = arguments.parse_args()
     folder, last = require_data(given), [""]
 
@@ -237,7 +239,7 @@ def main() -> None:
             last[0] = what
 
     if given.speed:
-        keep(speeds(folder, min(given.images, 50), report))
+        keep(speeds(folder, min(given.images, 50), given.align, report))
         return
     for (name, *_), cases in groupby(given.only or CASES, key=_studied):
         if name != "smollm2":
