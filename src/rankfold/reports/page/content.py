@@ -130,7 +130,8 @@ def _told(plan: Plan) -> str:
         f"ones{narrowed}.",
     ]
     if "calibration_samples" in plan.settings or plan.settings.get("metric") == "frobenius":
-        parts.append(f"{calibration(plan.settings).capitalize()}.")
+        known = calibration(plan.settings)
+        parts.append(f"{known[:1].upper()}{known[1:]}.")
     bound = plan.settings.get("bound")
     if bound is not None:
         reached = plan.settings.get("objective", 0.0)
