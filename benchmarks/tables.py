@@ -177,6 +177,7 @@ UNITS = {
     "lost": {
         "model": "network",
         "method": "decompositions",
+        "calibration": "calibrated on",
         "macs_kept": "MACs kept",
         "params_kept": "parameters kept",
         "base_top1": "top-1 %",
@@ -199,6 +200,7 @@ UNITS = {
         "model": "network, channels last",
         "method": "decomposition",
         "batch": "batch",
+        "align": "widths are multiples of",
         "macs_kept": "MACs kept",
         "time_kept": "time kept, side by side with the original",
         "realised": "time saved over MACs saved",
@@ -209,7 +211,7 @@ UNITS = {
 
 def units(records: list[dict[str, Any]]) -> str:
     """Networks with fewer channels, by model: accuracy, perplexity, and the speed that came of it."""
-    rows = sorted(records, key=lambda one: (one["model"], -one.get("budget", 0)))
+    rows = sorted(records, key=lambda one: (one["model"], one.get("align", 0), -one.get("budget", 0)))
     parts = (([one for one in rows if field in one], columns) for field, columns in UNITS.items())
     return "\n\n".join(rows_of(part, columns) for part, columns in parts if part)
 

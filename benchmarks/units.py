@@ -212,6 +212,7 @@ def speeds(folder: Path, count: int, align: int | None, report: Callable[..., No
                         model=name,
                         method=method,
                         batch=batch,
+                        align=align or 1,
                         macs_kept=round(macs, 4),
                         time_kept=round(own / times[0], 4),
                         realised=round((1 - own / times[0]) / (1 - macs), 3),
