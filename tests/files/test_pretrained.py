@@ -142,7 +142,9 @@ def test_bfloat16_ties_shards_and_the_generation_configuration_are_kept(tmp_path
     assert not hasattr(result.model.config, "quantization_config")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "qwen3", "gemma3", "mixtral", "falcon", "t5", "bert", "whisper", "wav2vec2"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "opt", "qwen3", "gemma3", "mixtral", "falcon", "t5", "bert", "whisper", "wav2vec2"]
+)
 def test_any_architecture_is_loaded(name: str, tmp_path: Path):
     model, inputs = ARCHITECTURES[name].build()
     result = compress(model, inputs, decomposition="svd", budget=Budget(params=0.9), calibration="none")
