@@ -23,7 +23,8 @@ def attempt(one: Architecture, folder: Path) -> dict[str, Any]:
     try:
         model, inputs = one.build()
         result = compress(model, inputs, decomposition="svd", budget=Budget(params=0.9), calibration="none")
-        loaded: Any = type(model).from_pretrained(save_pretrained(result, folder / one.name))
+        kind: Any = type(model)
+        loaded = kind.from_pretrained(save_pretrained(result, folder / one.name))
         pairs = zip(tensors_in(run(loaded, inputs)), tensors_in(run(result.model, inputs)), strict=True)
         apart = [
             float((own - other).abs().max() / other.abs().max().clamp_min(1e-9))
