@@ -200,7 +200,7 @@ class Study:
         plan = self._refined(student, plan, progress)
         plan = verified(self.model, student, plan, self.inputs)
         setattr(student, KNOWN_PLAN, plan)
-        drawn = outlines(self.curves, self.widths, budget.units[0])
+        drawn = outlines(self.curves, self.widths, next(iter(budget.units), "macs"))
         return Result(student, plan, self.seconds + time.perf_counter() - start, found.trace, drawn)
 
     def _ordered(self, student: nn.Module, plan: Plan, progress: Progress) -> tuple[nn.Module, Plan]:

@@ -205,7 +205,10 @@ def _history(trace: Mapping[str, Any] | None) -> dict[str, Any] | None:
     steps = trace["steps"] if trace else []
     if not steps or not trace:
         return None
-    losses = {name: [(k, step["losses"][name]) for k, step in enumerate(steps)] for name in steps[0]["losses"]}
+    names = dict.fromkeys(name for step in steps for name in step["losses"])
+    losses = {
+        name: [(k, step["losses"][name]) for k, step in enumerate(steps) if name in step["losses"]] for name in names
+    }
     entropy = {
         layer: [(k, step["entropy"][place]) for k, step in enumerate(steps)]
         for place, layer in enumerate(trace["layers"][:SHOWN])
