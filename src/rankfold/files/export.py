@@ -11,6 +11,7 @@ import inspect
 import math
 import time
 import uuid
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -80,7 +81,9 @@ def finalize(directory: str | Path, out: str | Path, *, weights: str | Path | No
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         doubled = _copies(example, 2)
-        write(plain, doubled, partial)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # exporters warn of their own parts
+            write(plain, doubled, partial)
         call = read(partial)
         difference = _difference(_outputs(student, doubled), call(doubled))
         if not difference <= TOLERANCE:
@@ -90,7 +93,9 @@ def finalize(directory: str | Path, out: str | Path, *, weights: str | Path | No
         times: tuple[float, ...] = ()
         if target.suffix == ".onnx":
             load_original_(source.model, plan, weights, needed=False)
-            write(folded(source.model, example)[0], doubled, beside)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                write(folded(source.model, example)[0], doubled, beside)
             times = _timed([read(beside), call], doubled)
         partial.replace(target)
         free = _agrees(student, call, _copies(example, 3))
