@@ -62,13 +62,15 @@ def resnet20(folder: Path) -> Made:
 
 def smollm2(folder: Path) -> Made:
     """`svd` at 80 % of the parameters of the blocks, on 64 × 512 tokens."""
-    from units import language, perplexity, sizes
+    from units import language, sizes
+
+    from rankfold.evaluation import perplexity
 
     model, batches, tested = language(folder / "smollm2", folder / "wikitext2", 64)
     outside, inside = sizes(model)
     budget = {"params": int(outside + 0.8 * inside)}
     options = {"decomposition": "svd", "budget": budget, "calibration": batches}
-    return model, batches[0], options, lambda one: perplexity(one, tested)
+    return model, batches[0], options, lambda one: perplexity(one, tested).value
 
 
 def conv3d(folder: Path) -> Made:

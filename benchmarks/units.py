@@ -10,7 +10,6 @@ latencies instead, in turns with the original and with low rank. `--language FOL
 from __future__ import annotations
 
 import json
-import math
 import resource
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -22,7 +21,7 @@ from common import accuracy_record, keep, network, parser, record, require_data,
 from torch import Tensor, nn
 
 from rankfold import Budget, Result, Study, compress, study
-from rankfold.evaluation import Accuracy, accuracy, latency
+from rankfold.evaluation import Accuracy, accuracy, latency, perplexity
 from rankfold.progress import Progress
 from rankfold.sources.data import Normalisation, open_dataset
 from rankfold.sources.models import Source, build_model, load_weights_
@@ -140,8 +139,8 @@ def of_language(folder: Path, case: str, text: Path, report: Callable[..., None]
         case=case,
         model="SmolLM2-135M-Instruct",
         data="WikiText-2 test, 12 blocks of 1,024 tokens",
-        perplexity=round(perplexity(result.model, tested), 2),
-        base_perplexity=round(perplexity(model, tested), 2),
+        perplexity=round(perplexity(result.model, tested).value, 2),
+        base_perplexity=round(perplexity(model, tested).value, 2),
         blocks_kept=round((result.after.params - outside) / inside, 4),
         seconds=round(result.seconds, 1),
         peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
@@ -172,12 +171,6 @@ def blocks(tokens: Tensor, length: int, count: int) -> Tensor:
     """Evenly spaced blocks of tokens, from the first to the last."""
     starts = torch.linspace(0, len(tokens) - length, count).long()
     return torch.stack([tokens[start : start + length] for start in starts.tolist()])
-
-
-@torch.inference_mode()
-def perplexity(model: nn.Module, tested: Tensor) -> float:
-    """The exponential of the mean loss per token."""
-    return math.exp(sum(float(model(input_ids=one[None], labels=one[None]).loss) for one in tested) / len(tested))
 
 
 def speeds(folder: Path, count: int, align: int | None, report: Callable[..., None]) -> list[dict[str, Any]]:

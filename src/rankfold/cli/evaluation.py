@@ -37,35 +37,30 @@ def evaluate(
 
     On text both are scored by perplexity, and by how many tokens they read and write per second.
     """
+    from rankfold.reports.comparison import Comparison, LanguageComparison, compare_on_text
     from rankfold.reports.comparison import compare as compare_on_data
-    from rankfold.reports.comparison import compare_on_text
     from rankfold.sources.text import is_text
 
-    if is_text(data):
-        with progress_bars(as_json) as progress:
-            found = compare_on_text(directory, data, length=length, samples=samples, weights=weights, progress=progress)
-        _keep(directory, data, found.as_dict())
-        if as_json:
-            print_json(found.as_dict())
-        else:
-            show(tables.language_comparison(found))
-        return
+    found: Comparison | LanguageComparison
     with progress_bars(as_json) as progress:
-        compared = compare_on_data(
-            directory,
-            data,
-            original=original,
-            weights=weights,
-            mean=numbers(mean, "mean"),
-            std=numbers(std, "std"),
-            batch_size=batch_size,
-            progress=progress,
-        )
-    _keep(directory, data, compared.as_dict())
+        if is_text(data):
+            found = compare_on_text(directory, data, length=length, samples=samples, weights=weights, progress=progress)
+        else:
+            found = compare_on_data(
+                directory,
+                data,
+                original=original,
+                weights=weights,
+                mean=numbers(mean, "mean"),
+                std=numbers(std, "std"),
+                batch_size=batch_size,
+                progress=progress,
+            )
+    _keep(directory, data, found.as_dict())
     if as_json:
-        print_json(compared.as_dict())
+        print_json(found.as_dict())
     else:
-        show(tables.comparison(compared))
+        show(tables.comparison(found) if isinstance(found, Comparison) else tables.language_comparison(found))
 
 
 def _keep(directory: Path, data: str, found: dict[str, Any]) -> None:

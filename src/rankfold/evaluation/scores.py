@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -68,19 +69,30 @@ def latency(
     Taking turns makes the ratios hold where the machine's speed drifts; absolute figures are of this machine, now.
     With `seconds` there are as many rounds, at least three and two to warm up, as take about so long.
     """
+
+    def call(model: nn.Module) -> None:
+        run(model, inputs)
+        _synchronise(inputs)
+
+    _synchronise(inputs)
+    return in_turns([partial(call, model) for model in models], rounds=rounds, warmup=warmup, seconds=seconds)
+
+
+def in_turns(
+    calls: Sequence[Callable[[], object]], *, rounds: int, warmup: int, seconds: float = math.inf
+) -> tuple[float, ...]:
+    """Median milliseconds of each of some calls, which take turns; rounds and seconds are as in `latency`."""
     if seconds < math.inf:
         start = time.perf_counter()
-        for model in models:
-            run(model, inputs)
+        for call in calls:
+            call()
         affordable = int(seconds / max(time.perf_counter() - start, 1e-6))
         rounds, warmup = max(3, min(rounds, affordable)), max(2, min(warmup, affordable))
-    samples: list[list[float]] = [[] for _ in models]
+    samples: list[list[float]] = [[] for _ in calls]
     for turn in range(warmup + rounds):
-        for model, taken in zip(models, samples, strict=True):
-            _synchronise(inputs)
+        for call, taken in zip(calls, samples, strict=True):
             start = time.perf_counter()
-            run(model, inputs)
-            _synchronise(inputs)
+            call()
             if turn >= warmup:
                 taken.append(1e3 * (time.perf_counter() - start))
     return tuple(median(taken) for taken in samples)

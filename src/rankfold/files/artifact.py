@@ -15,7 +15,8 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -175,15 +176,8 @@ def save_evaluation(directory: str | Path, data: str, found: Mapping[str, Any]) 
 
     It is not part of what is saved, and may go. Raises ArtifactError where it cannot be written.
     """
-    path = Path(directory) / EVALUATIONS
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        text = json.dumps({**load_evaluations(directory), data: dict(found)}, indent=2)
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ArtifactError(f"cannot write {path}: {error.strerror}; nothing was changed") from error
+    text = json.dumps({**load_evaluations(directory), data: dict(found)}, indent=2)
+    write_text(Path(directory) / EVALUATIONS, text + "\n")
 
 
 def load_evaluations(directory: str | Path) -> dict[str, Any]:
@@ -200,14 +194,29 @@ def load_evaluations(directory: str | Path) -> dict[str, Any]:
     return content
 
 
-def check_target(directory: str | Path) -> None:
-    """Raises ArtifactError where saving would replace anything but a saved model or an empty directory."""
+def write_text(path: Path, text: str) -> None:
+    """Puts a text in its place in one step; raises ArtifactError where it cannot be written."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise ArtifactError(f"cannot write {path}: {error.strerror}; nothing was changed") from error
+
+
+def check_target(
+    directory: str | Path, is_ours: Callable[[Path], bool] = lambda target: (target / PLAN).exists()
+) -> None:
+    """Raises ArtifactError where saving would replace anything but what was saved before or an empty directory."""
     target = Path(directory)
     if not target.exists():
         return
     if not target.is_dir():
         raise ArtifactError(f"{target} is a file; give the path of a directory")
-    if any(target.iterdir()) and not (target / PLAN).exists():
+    if any(target.iterdir()) and not is_ours(target):
         raise ArtifactError(f"{target} holds other files; give a new or empty directory")
 
 

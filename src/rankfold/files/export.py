@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import inspect
 import math
-import time
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from rankfold.errors import ArtifactError, ModelError
+from rankfold.evaluation import in_turns
 from rankfold.files.artifact import load, load_plan
 from rankfold.files.original import load_original_, rebuild
 from rankfold.network.copies import duplicate
@@ -76,15 +77,13 @@ def finalize(directory: str | Path, out: str | Path, *, weights: str | Path | No
     example = source.example(shape) if shape else source.example_inputs()
     plain, count = folded(student, example)
     write, read = _WRITERS[target.suffix]
-    partial = target.with_name(f".{uuid.uuid4().hex[:8]}.{target.name}")
-    beside = partial.with_name(f"{partial.stem}.original{target.suffix}")
+    unfinished = target.with_name(f".{uuid.uuid4().hex[:8]}.{target.name}")
+    beside = unfinished.with_name(f"{unfinished.stem}.original{target.suffix}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         doubled = _copies(example, 2)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # exporters warn of their own parts
-            write(plain, doubled, partial)
-        call = read(partial)
+        write(plain, doubled, unfinished)
+        call = read(unfinished)
         difference = _difference(_outputs(student, doubled), call(doubled))
         if not difference <= TOLERANCE:
             raise ModelError(
@@ -93,16 +92,15 @@ def finalize(directory: str | Path, out: str | Path, *, weights: str | Path | No
         times: tuple[float, ...] = ()
         if target.suffix == ".onnx":
             load_original_(source.model, plan, weights, needed=False)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                write(folded(source.model, example)[0], doubled, beside)
-            times = _timed([read(beside), call], doubled)
-        partial.replace(target)
+            write(folded(source.model, example)[0], doubled, beside)
+            calls = [partial(one, doubled) for one in (read(beside), call)]
+            times = in_turns(calls, rounds=ROUNDS, warmup=1, seconds=SECONDS)
+        unfinished.replace(target)
         free = _agrees(student, call, _copies(example, 3))
     except OSError as error:
         raise ArtifactError(f"cannot write {target}: {error.strerror or error}; nothing was changed") from error
     finally:
-        for file in (partial, beside):
+        for file in (unfinished, beside):
             file.unlink(missing_ok=True)
     return Exported(target, target.stat().st_size, count, difference, free, times)
 
@@ -161,6 +159,15 @@ def _free(value: Any) -> Any:
     return dict.fromkeys(places, torch.export.Dim.AUTO)
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keeps what exporters warn of their own parts off the terminal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@_quietly()
 def _write_program(model: nn.Module, inputs: Inputs, path: Path) -> None:
     torch.export.save(_exported(model, inputs), path)
 
@@ -176,6 +183,7 @@ def _read_program(path: Path) -> Callable[[Inputs], list[Tensor]]:
     return call
 
 
+@_quietly()
 def _write_onnx(model: nn.Module, inputs: Inputs, path: Path) -> None:
     size = sum(one.nbytes for one in model.state_dict().values())
     if size >= LARGEST_ONNX:
@@ -254,21 +262,6 @@ def _agrees(model: nn.Module, call: Callable[[Inputs], list[Tensor]], inputs: In
         return _difference(_outputs(model, inputs), call(inputs)) <= TOLERANCE
     except Exception:  # each engine has errors of its own for sizes that it does not take
         return False
-
-
-def _timed(calls: Sequence[Callable[[Inputs], list[Tensor]]], inputs: Inputs) -> tuple[float, ...]:
-    """Median milliseconds of each, by turns, after one round."""
-    taken: list[list[float]] = [[] for _ in calls]
-    began = time.perf_counter()
-    for turn in range(1 + ROUNDS):
-        if turn > 3 and time.perf_counter() - began > SECONDS:
-            break
-        for call, own in zip(calls, taken, strict=True):
-            start = time.perf_counter()
-            call(inputs)
-            if turn:
-                own.append(1e3 * (time.perf_counter() - start))
-    return tuple(median(own) for own in taken)
 
 
 def _replace_(model: nn.Module, name: str, module: nn.Module) -> None:

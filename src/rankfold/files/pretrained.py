@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from rankfold.errors import ArtifactError, ModelError
-from rankfold.files.artifact import load, load_plan, move_into_place, plan_of
+from rankfold.files.artifact import check_target, load, load_plan, move_into_place, plan_of
 from rankfold.files.original import rebuild
 from rankfold.network.copies import unwrapped
 from rankfold.pipeline import Result
@@ -47,7 +47,7 @@ def save_pretrained(
     if not takes_named_inputs(model) or not hasattr(model, "save_pretrained"):
         raise ModelError(f"{type(model).__name__} is not a model of transformers; save it with rankfold.save")
     target = Path(directory).absolute()
-    _check_target(target)
+    check_target(target, _is_ours)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
     config, found = model.config, plain_config(model, plan)
     try:
@@ -105,14 +105,6 @@ def plain_config(model: Any, plan: Plan) -> Any:
     except Exception:  # a configuration that the class does not take is no way to say it
         return None
     return changed if {name: tensor.shape for name, tensor in own.items()} == wanted else None
-
-
-def _check_target(target: Path) -> None:
-    """Raises ArtifactError where something else would be replaced."""
-    if target.is_file():
-        raise ArtifactError(f"{target} is a file; give the path of a directory")
-    if target.is_dir() and any(target.iterdir()) and not _is_ours(target):
-        raise ArtifactError(f"{target} holds other files; give a new or empty directory")
 
 
 def _is_ours(target: Path) -> bool:

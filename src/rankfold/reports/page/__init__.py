@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rankfold.errors import ArtifactError
-from rankfold.files.artifact import load_curves, load_evaluations, load_metrics, load_plan, load_trace
+from rankfold.files.artifact import load_curves, load_evaluations, load_metrics, load_plan, load_trace, write_text
 from rankfold.reports.page.content import content_of
 from rankfold.reports.page.front import front_of
 
@@ -46,13 +43,5 @@ def _written(template: str, content: Mapping[str, Any], target: Path) -> Path:
         lstrip_blocks=True,
     )
     text = templates.get_template(template).render(content)
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(target)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise ArtifactError(f"cannot write {target}: {error.strerror}; nothing was changed") from error
+    write_text(target, text)
     return target

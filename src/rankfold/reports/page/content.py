@@ -65,7 +65,7 @@ def content_of(
         "slower": speed(*times) if len(times) == 2 and times[1] > SLOWER * times[0] else "",
         "told": _told(plan),
         "unit": TITLES[unit],
-        "rows": [_row(layer, plan, unit) for layer in plan.layers],
+        "rows": _rows(plan, unit),
         "narrowings": [
             (one.name, one.channels.size, len(one.kept), 100 * one.predicted_error) for one in plan.narrowings
         ],
@@ -139,8 +139,12 @@ def _told(plan: Plan) -> str:
     return " ".join(parts)
 
 
-def _row(layer: LayerPlan, plan: Plan, unit: str) -> Row:
+def _rows(plan: Plan, unit: str) -> list[Row]:
     largest = max((getattr(one.before, unit) for one in plan.layers), default=1) or 1
+    return [_row(layer, largest, unit) for layer in plan.layers]
+
+
+def _row(layer: LayerPlan, largest: int, unit: str) -> Row:
     was, now = getattr(layer.before, unit), getattr(layer.after, unit)
     narrower = "×".join(map(str, layer.narrowed))
     factors = f"{layer.decomposition} {' · '.join(map(str, layer.ranks))}" if layer.decomposition else ""
