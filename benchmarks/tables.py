@@ -260,6 +260,32 @@ def language_models(records: list[dict[str, Any]]) -> str:
     return table(header, rows)
 
 
+LATENCY = {
+    "model": "network",
+    "method": "decomposition",
+    "batch": "batch",
+    "original_ms": "original, ms",
+    "first_off": "first plan, predicted over measured − 1",
+    "last_off": "last plan",
+    "turns": "plans",
+    "time_kept": "time kept, timed again",
+    "macs_kept": "MACs kept",
+    "study_seconds": "seconds to measure",
+}
+"""The columns of the records of limits on latency."""
+WITHIN = {
+    "model": "network",
+    "batch": "batch",
+    "budget": "budget",
+    "time_kept": "time kept",
+    "macs_kept": "MACs kept",
+    "top1": "top-1 %",
+    "lost": "points lost",
+    "seconds": "seconds",
+}
+"""The columns of the records of accuracy within them."""
+
+
 def fill(path: Path, marker: str, body: str) -> None:
     """Puts a text between a file's markers."""
     filled = f"<!-- {marker} -->\n{body}\n<!-- /{marker} -->"
@@ -322,6 +348,11 @@ def main() -> None:
         fill(ROOT / "docs" / "calibration.md", marker, body)
     if records := newest("architectures"):
         fill(ROOT / "docs" / "architectures.md", "architectures", f"\n{architectures(records)}\n\n{source(records)}")
+    records = gathered("latency_budget")
+    for marker, columns, field in (("latency_budget", LATENCY, "first_off"), ("latency_accuracy", WITHIN, "lost")):
+        part = [{**one, "turns": len(one.get("turns_ms", ()))} for one in records if field in one]
+        if part:
+            fill(ROOT / "docs" / "latency.md", marker, f"\n{rows_of(part, columns)}\n\n{source(part)}")
     records = newest("published_against_exact")
     fill(ROOT / "docs" / "search.md", "published", f"\n{against()}\n\n{source(records)}")
     _fill_training()

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, prune
 
-from rankfold.sources.models import _complete_torchvision
+from rankfold.sources.models import complete_torchvision
 
-_complete_torchvision()
+complete_torchvision()
 
 
 class Run(nn.Module):

@@ -13,6 +13,7 @@ from rankfold.errors import (
     UnknownNameError,
 )
 from rankfold.files.artifact import load, load_plan, plan_of, save
+from rankfold.files.by_blocks import compress_files
 from rankfold.files.on_import import register_with_transformers
 from rankfold.files.pretrained import save_pretrained
 from rankfold.pipeline import Result, Study, compress, study
@@ -38,6 +39,7 @@ __all__ = [
     "UnknownNameError",
     "analyze",
     "compress",
+    "compress_files",
     "load",
     "load_plan",
     "plan_of",

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from rankfold.budget import Budget, Cost
+from rankfold.budget import LATENCY, Budget, Cost
 from rankfold.calibration.asked import calibrated, provenance
 from rankfold.calibration.forward_order import refit_, with_errors
 from rankfold.calibration.moments import Calibration
@@ -26,18 +26,21 @@ from rankfold.network.opening import Opened, opened
 from rankfold.network.passes import Inputs
 from rankfold.network.rehearsal import verified
 from rankfold.network.surgery import apply_plan
+from rankfold.network.timing.context import timing_of
 from rankfold.plan import KNOWN_PLAN, Plan
-from rankfold.planning import Decompositions, Task, assign, feasible_plan, measure, placed, suited
+from rankfold.planning import Decompositions, Task, assign, measure, placed, punctual_plan, suited
 from rankfold.progress import Progress, silent
 from rankfold.search import Search
 from rankfold.search.curves import Curve
 from rankfold.search.outline import outlines
 from rankfold.search.trace import Trace
 from rankfold.search.widths import Width
-from rankfold.units import about_means, better, hidden_channels, measure_widths, with_metric, with_prices
+from rankfold.units import about_means, better, hidden_channels, measure_widths, timed_parts, with_metric, with_prices
 
 FEWEST = 256
 """Calibration inputs from which on a network that lost channels keeps fits in forward order; fewer overfit."""
+ALIGN = 8
+"""What widths and ranks are multiples of where latency is limited and nothing else is said: others are slower."""
 APART = "layer by layer: in forward order there are too few inputs, or it agreed with the original less often"
 """What a plan says of fits in forward order that were taken back."""
 
@@ -106,7 +109,8 @@ def compress(
 
     With "interpolative" among the decompositions ("auto" has it), channels of hidden activations can go as well: the
     layers around them get narrower, and what reads them rebuilds the others (`rankfold.network.channels` says which
-    may). Widths are multiples of `align`, which is 8 on Linear layers wider than 64 unless given.
+    may). Widths are multiples of `align`, which is 8 on Linear layers wider than 64 unless given. Where it is given,
+    and where the budget limits the latency, so are ranks.
 
     Errors of layers, and of widths, are weighed against each other by what they cost the network's output on a few
     calibration inputs that are held back for it, unless passes over one of them are too long.
@@ -114,6 +118,10 @@ def compress(
     What is packed is opened first (attention, recurrent layers, experts, computed weights: `rankfold.network.opening`),
     and a layer that cannot be replaced stays as it is, with the reason in the plan. Embeddings, whose factors cost what
     reading a row does not, are left whole unless they are included or the budget cannot be met without them.
+
+    A limit on the latency is one on the time of a pass over the example inputs, as they are (batch, memory format,
+    device), with the threads that PyTorch has now. Layers are timed in the network, their other forms by themselves,
+    and the plan that is found is timed beside the original, and sought again where it misses the limit.
 
     `memory` limits what is taken besides the networks and the inputs: bytes, or a text such as "4GB"; by default half
     of what is free. Where it is tight, moments are kept in files, and fewer passes wait in forward order.
@@ -186,7 +194,7 @@ class Study:
             self.before,
             self.whole_choice,
         )
-        found = feasible_plan(task, self.layers, self.curves, self.widths, progress=progress)
+        found = punctual_plan(task, self.layers, self.curves, self.widths, progress=progress)
         plan = replace(found.plan, settings={**found.plan.settings, **self.settings})
         student, plan = apply_plan(
             self.model,
@@ -264,6 +272,11 @@ def study(
         blind = calibration is None or named == "none" or (named == "auto" and _limits_error(budget))
         choices = suited(choices, search, blind=blind)
         sets = hidden_channels(whole.model, example_inputs, layers, choices)
+        timing: dict[str, Any] = {}
+        if LATENCY in budget.units:
+            layers, sets, before = timed_parts(model, whole.model, example_inputs, layers, sets, before, progress)
+            choices = {layer.name: choices[layer.name] for layer in layers.found}
+            timing, align = {"timed": timing_of(model, example_inputs)}, align or ALIGN
         known = calibrated(
             whole.model,
             with_metric(layers, choices, sets),
@@ -273,7 +286,15 @@ def study(
             of_weights=_limits_error(budget),
             progress=progress,
         )
-        curves = measure(whole.model, layers, choices, units=budget.units, moments=known.moments, progress=progress)
+        curves = measure(
+            whole.model,
+            layers,
+            choices,
+            units=budget.units,
+            moments=known.moments,
+            align=align or 1,
+            progress=progress,
+        )
         summed = bool(known.inputs) and not _limits_error(budget)
         in_order = sequential and summed
         ordering, rebuilding = about_means(whole.model, example_inputs, known.moments, sets.found, in_order=in_order)
@@ -282,6 +303,7 @@ def study(
             curves, widths = with_prices(whole.model, curves, widths, known, progress)
         settings = {
             **provenance(known, in_order),
+            **timing,
             **({"memory": allowed} if memory is not None or allowed < PLENTY else {}),
             "priced": any(one.price.errors for one in curves),
             "decomposition": _as_json(decomposition),

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from rankfold.budget import Cost
-from rankfold.decompositions.wiring import LayerShape
+from rankfold.decompositions.wiring import LayerShape, Wiring
 from rankfold.errors import PlanError
 
 FORMAT = "rankfold-plan"
@@ -25,12 +26,16 @@ VERSION = 3
 """Version of the form that is written; older ones, without `narrowings` or `opened`, are read as well."""
 
 
+Times = Callable[["LayerShape", "Wiring | None", Sequence[Any]], Any]
+"""Nanoseconds that a layer takes in its network: of a shape, dense or with the ranks of a wiring."""
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     """A layer that can be decomposed, as found in a network; `weight` is the weight's shape as the module has it.
 
     `aliases` are the other qualified names at which the same weight is used (a shared module, or a tied weight): they
-    are replaced together with `name` and share its factors.
+    are replaced together with `name` and share its factors. `times` is there where time matters.
     """
 
     name: str
@@ -40,15 +45,19 @@ class LayerSpec:
     itemsize: int
     weight: tuple[int, ...]
     aliases: tuple[str, ...] = ()
+    times: Times | None = field(default=None, compare=False, repr=False)
 
-    def cost(self, params: int, macs: int) -> Cost:
-        """The layer's cost at so many weight entries and MACs; biases never change and are left out."""
-        return Cost(params, macs, params * self.itemsize)
+    def cost(self, shape: LayerShape, wiring: Wiring | None = None, ranks: Sequence[int] = ()) -> Cost:
+        """The layer's cost at some shape, dense or as factors; biases never change and are left out."""
+        params = wiring.params(shape, ranks) if wiring else shape.params
+        macs = wiring.macs(shape, ranks) if wiring else shape.macs
+        latency = self.times(shape, wiring, ranks) if self.times else 0
+        return Cost(int(params), int(macs), int(params) * self.itemsize, int(latency))
 
-    @property
+    @cached_property
     def dense(self) -> Cost:
         """Cost of the layer as it is."""
-        return self.cost(self.shape.params, self.shape.macs)
+        return self.cost(self.shape)
 
 
 @dataclass(frozen=True)
@@ -177,8 +186,8 @@ class Plan:
         content = {
             "format": FORMAT,
             "version": VERSION,
-            "before": vars(self.before),
-            "after": vars(self.after),
+            "before": self.before.as_dict(),
+            "after": self.after.as_dict(),
             "settings": dict(self.settings),
             "source": dict(self.source),
             "layers": [_layer_to_dict(layer) for layer in self.layers],
@@ -226,7 +235,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _layer_to_dict(layer: LayerPlan) -> dict[str, Any]:
-    return {**vars(layer), "before": vars(layer.before), "after": vars(layer.after)}
+    return {**vars(layer), "before": layer.before.as_dict(), "after": layer.after.as_dict()}
 
 
 def _layer_from_dict(entry: Mapping[str, Any]) -> LayerPlan:

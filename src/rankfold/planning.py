@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from rankfold.budget import UNITS, Budget, Cost
+from rankfold.budget import LATENCY, UNITS, Budget, Cost
 from rankfold.decompositions import DECOMPOSITIONS, Factors
 from rankfold.decompositions.metric import Moment
 from rankfold.errors import BudgetError, ModelError, UnknownNameError
@@ -17,7 +17,8 @@ from rankfold.network.finding import Layers, matches
 from rankfold.network.kinds import weight_of
 from rankfold.network.opening import Opened, within
 from rankfold.network.passes import Inputs
-from rankfold.network.rehearsal import rehearse
+from rankfold.network.rehearsal import rehearse, rehearsed
+from rankfold.network.timing.turns import latency
 from rankfold.plan import INTERPOLATIVE, LayerSpec, Plan, channels_named
 from rankfold.progress import Progress, silent
 from rankfold.search import Problem, Search, settle
@@ -105,8 +106,65 @@ def feasible_plan(
         progress("rehearsing the plan", 1, 1)
         if not rehearsal.refused:
             told = {"macs_depend_on_data": True} if rehearsal.depends else {}
-            return replace(found, plan=replace(plan, after=rehearsal.cost, settings={**plan.settings, **told}))
+            cost = replace(rehearsal.cost, latency=plan.after.latency)
+            return replace(found, plan=replace(plan, after=cost, settings={**plan.settings, **told}))
         refused.update(rehearsal.refused)
+
+
+def punctual_plan(
+    task: Task, layers: Layers, curves: Sequence[Curve], widths: Sequence[Width] = (), *, progress: Progress = silent
+) -> Found:
+    """As `feasible_plan`, and where latency is limited, one that was measured to keep the limit.
+
+    Times of layers do not add up to a network's quite. So what a plan makes is timed beside the original before
+    anything is fitted, and a plan is sought again for a limit that is off by as much, either way. The plan's settings
+    hold what was predicted and measured in every turn. Raises BudgetError where no plan was measured to keep the limit.
+    """
+    if LATENCY not in task.budget.given:
+        return feasible_plan(task, layers, curves, widths, progress=progress)
+    limit, asked = task.budget.limits(task.before)[LATENCY], task.budget
+    relative = asked.is_fraction(LATENCY)
+    turns: list[list[float]] = []
+    best: Found | None = None
+    for turn in range(TURNS):
+        try:
+            found = feasible_plan(replace(task, budget=asked), layers, curves, widths, progress=progress)
+        except BudgetError as error:
+            if not turns:
+                raise
+            late = error
+            break
+        progress("timing the plan", turn, TURNS)
+        before, after = latency((task.model, rehearsed(task.model, found.plan)), task.inputs, seconds=SECONDS)
+        measured = round(after / before * task.before.latency if relative else 1e6 * after)
+        turns.append([found.plan.after.latency / 1e6, measured / 1e6])
+        timed = replace(found, plan=replace(found.plan, after=replace(found.plan.after, latency=measured)))
+        if measured <= limit and (best is None or _loss(timed) < _loss(best)):
+            best = timed
+        if NEAR * limit <= measured <= limit or (measured <= limit and not found.plan.changed):
+            break
+        aimed = found.plan.after.latency * (1 + NEAR) / 2 * limit / max(measured, 1)
+        asked = replace(asked, latency=f"{max(round(aimed), 1)}ns")
+        late = BudgetError(f"no plan meets the budget latency={task.budget.latency}")
+    progress("timing the plan", TURNS, TURNS)
+    if best is None:
+        fastest = min(turn[1] for turn in turns) / (task.before.latency / 1e6)
+        raise BudgetError(f"{late}; the fastest that was measured takes {fastest:.3f} of the original's time")
+    told = {"budget": dict(task.budget.given), "latency_turns_ms": [[round(one, 4) for one in turn] for turn in turns]}
+    return replace(best, plan=replace(best.plan, settings={**best.plan.settings, **told}))
+
+
+TURNS = 4
+"""Plans that are sought and timed for a limit on the latency, at most."""
+SECONDS = 4.0
+"""How long a plan is timed, about."""
+NEAR = 0.97
+"""Part of the limit from which on a measured latency is near enough to it."""
+
+
+def _loss(found: Found) -> float:
+    """What a plan was chosen by."""
+    return float(found.plan.settings["objective"])
 
 
 def placed(search: str | Search, model: nn.Module) -> str | Search:
@@ -175,15 +233,19 @@ def measure(
     *,
     units: Sequence[str] = UNITS,
     moments: Mapping[str, Moment] | None = None,
+    align: int = 1,
     progress: Progress = silent,
 ) -> tuple[Curve, ...]:
-    """Error and cost per rank for every layer and every decomposition it may take, in its metric where it has one."""
+    """Error and cost per rank for every layer and every decomposition it may take, in its metric where it has one.
+
+    Ranks are multiples of `align`, but on layers too small for it.
+    """
     curves = []
     for done, layer in enumerate(layers.found):
         progress("measuring layers", done, len(layers.found))
         weight = weight_of(model.get_submodule(layer.name))
         names = [name for name in choices[layer.name] if name != INTERPOLATIVE]
-        curves.append(measure_layer(layer, weight, names, units=units, moments=moments))
+        curves.append(measure_layer(layer, weight, names, units=units, moments=moments, align=align))
     progress("measuring layers", len(layers.found), len(layers.found))
     return tuple(curves)
 
@@ -213,16 +275,7 @@ def search_plan(
     find = known_search(search) if isinstance(search, str) else search
     selection = settle(problem, find, progress)
     progress("searching ranks", 1, 1)
-    chosen = selection.curves or problem.curves
-    pairs = list(zip(chosen, selection.choices, strict=True))
-    order = {layer.name: place for place, layer in enumerate(layers.found)}
-    entries = [layer for curve, k in pairs for layer in planned(curve, k, problem.starts)]
-    entries.sort(key=lambda layer: order.get(layer.name, 0))
-    narrowings = tuple(one for curve, k in pairs if isinstance(curve, UnitCurve) for one in narrowings_of(curve, k))
-    through = (one.channels.through for curve in chosen if isinstance(curve, UnitCurve) for one in curve.sets)
-    after = reduce(Cost.__add__, (layer.after for layer in entries), problem.fixed)
-    after = reduce(Cost.__add__, through, after)
-    after = reduce(Cost.__add__, (one.after - one.before for one in narrowings), after)
+    pairs = list(zip(selection.curves or problem.curves, selection.choices, strict=True))
     settings = {
         "search": search if isinstance(search, str) else repr(search),
         "budget": dict(budget.given),
@@ -230,11 +283,32 @@ def search_plan(
         "objective": selection.objective,
         "bound": selection.bound,
     }
+    plan = drawn_up(pairs, curves, layers, problem, settings)
+    return Found(plan, selection.trace, fitted_factors(pairs, {layer.name for layer in plan.layers if layer.narrowed}))
+
+
+def drawn_up(
+    pairs: Sequence[tuple[Curve, int]],
+    curves: Sequence[Curve],
+    layers: Layers,
+    problem: Problem,
+    settings: Mapping[str, Any],
+) -> Plan:
+    """The plan of the chosen candidates of some curves, among all of a network's."""
+    order = {layer.name: place for place, layer in enumerate(layers.found)}
+    entries = [layer for curve, k in pairs for layer in planned(curve, k, problem.starts)]
+    entries.sort(key=lambda layer: order.get(layer.name, 0))
+    narrowings = tuple(one for curve, k in pairs if isinstance(curve, UnitCurve) for one in narrowings_of(curve, k))
+    through = (one.channels.through for curve, _ in pairs if isinstance(curve, UnitCurve) for one in curve.sets)
+    after = reduce(Cost.__add__, (layer.after for layer in entries), problem.fixed)
+    after = reduce(Cost.__add__, through, after)
+    after = reduce(Cost.__add__, (one.after - one.before for one in narrowings), after)
     hopeless = {curve.layer.name: no_gain(curve) for curve in members(curves) if len(curve) == 1}
     for layer in entries:
         hopeless.pop(layer.name, None)
-    plan = Plan(tuple(entries), {**layers.skipped, **hopeless}, before, after, settings, narrowings=narrowings)
-    return Found(plan, selection.trace, fitted_factors(pairs, {layer.name for layer in entries if layer.narrowed}))
+    return Plan(
+        tuple(entries), {**layers.skipped, **hopeless}, problem.original, after, settings, narrowings=narrowings
+    )
 
 
 def pose(curves: Sequence[Curve], before: Cost, budget: Budget) -> Problem:

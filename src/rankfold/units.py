@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 
-from rankfold.budget import UNITS, Budget, Cost
+from rankfold.budget import RESOURCES, Budget, Cost
 from rankfold.calibration.moments import Calibration
 from rankfold.calibration.store import Changed
 from rankfold.decompositions import Factors
@@ -21,6 +21,7 @@ from rankfold.network.finding import Layers
 from rankfold.network.kinds import weight_of, weight_shape
 from rankfold.network.narrowing import tried
 from rankfold.network.passes import Inputs, few, run
+from rankfold.network.timing.context import timed
 from rankfold.network.tracing import followed
 from rankfold.plan import INTERPOLATIVE, ChannelSet, LayerPlan, Narrowing, channels_named
 from rankfold.progress import Progress, silent
@@ -44,6 +45,24 @@ def hidden_channels(model: nn.Module, inputs: Inputs, layers: Layers, choices: M
     channels = find_channels(model, inputs, layers.found, {**layers.skipped, **others})
     sound, unsound = tried(model, inputs, channels.found)
     return Channels(sound, {**channels.kept, **unsound})
+
+
+def timed_parts(
+    original: nn.Module,
+    model: nn.Module,
+    inputs: Inputs,
+    layers: Layers,
+    channels: Channels,
+    before: Cost,
+    progress: Progress = silent,
+) -> tuple[Layers, Channels, Cost]:
+    """The layers and channels of an opened network with what they take, and the original's cost with its latency."""
+    found = timed(model, original, inputs, layers.found, channels.found, progress=progress)
+    return (
+        Layers(found.layers, {**layers.skipped, **found.untimed}),
+        replace(channels, found=found.sets),
+        replace(before, latency=found.total),
+    )
 
 
 def with_metric(layers: Layers, choices: Mapping[str, Sequence[str]], channels: Channels) -> Layers:
@@ -157,7 +176,7 @@ def united(curves: Sequence[Curve], widths: Sequence[Width], refused: Mapping[st
 
 def dense_cost(curve: Curve) -> Cost:
     """What the curve's layers cost as they are."""
-    return Cost(*(int(curve.costs[unit][0]) for unit in UNITS))
+    return Cost(*(int(curve.costs[unit][0]) for unit in RESOURCES))
 
 
 def members(curves: Iterable[Curve]) -> list[Curve]:
@@ -212,7 +231,7 @@ def narrowings_of(curve: UnitCurve, choice: int) -> list[Narrowing]:
     for one in curve.sets:
         width, size, through = curve.widths(choice)[one.channels.name], one.channels.size, one.channels.through
         if width < size:
-            after = Cost(*(getattr(through, unit) * width // size for unit in UNITS))
+            after = through.times(width, size)
             error = one.errors[one.widths.index(width)]
             found.append(Narrowing(one.channels, one.elimination.kept(width), through, after, error))
     return found

@@ -10,9 +10,9 @@ from zoo_of_architectures import ARCHITECTURES, Architecture
 
 from rankfold import Budget, compress, load, save
 from rankfold.network.passes import arguments_of, run, tensors_in
-from rankfold.sources.models import _complete_torchvision
+from rankfold.sources.models import complete_torchvision
 
-_complete_torchvision()
+complete_torchvision()
 
 
 @pytest.mark.parametrize("one", [one for one in ARCHITECTURES.values() if one.tested], ids=lambda one: one.name)

@@ -9,7 +9,7 @@ import pytest
 from command_line import run
 
 from rankfold.files.artifact import load_plan
-from rankfold.sources.models import _import as optional
+from rankfold.sources.models import optional
 
 transformers = optional("transformers", "hf")
 

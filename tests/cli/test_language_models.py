@@ -11,7 +11,7 @@ import pytest
 import torch
 from command_line import run
 
-from rankfold.sources.models import _import as optional
+from rankfold.sources.models import optional
 
 transformers = optional("transformers", "hf")
 tokenizers = pytest.importorskip("tokenizers")

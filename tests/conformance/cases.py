@@ -14,9 +14,9 @@ from torch import nn
 from rankfold.decompositions import DECOMPOSITIONS
 from rankfold.network.stand_ins.stack import Stack
 from rankfold.search import SEARCHES
-from rankfold.sources.models import _complete_torchvision
+from rankfold.sources.models import complete_torchvision
 
-_complete_torchvision()
+complete_torchvision()
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 NAMES = tuple(DECOMPOSITIONS)

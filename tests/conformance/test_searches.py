@@ -124,12 +124,12 @@ def test_compression_keeps_the_budget_and_every_layer_within_its_size(
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=40),
-    st.booleans(),
+    st.lists(st.tuples(*[st.integers(0, 9)] * 4), min_size=1, max_size=40),
+    st.integers(1, 3),
 )
-def test_pruning_loses_nothing(points: list[tuple[int, int, int]], both: bool):
+def test_pruning_loses_nothing(points: list[tuple[int, ...]], count: int):
     errors = np.array([float(p[0]) for p in points])
-    costs = [np.array([p[k] for p in points]) for k in ((1, 2) if both else (1,))]
+    costs = [np.array([p[k] for p in points]) for k in range(1, 1 + count)]
     kept = set(pareto(errors, costs).tolist())
     for index in range(len(points)):
         matched = [k for k in kept if errors[k] <= errors[index] and all(c[k] <= c[index] for c in costs)]

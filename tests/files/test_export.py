@@ -11,8 +11,7 @@ from command_line import run
 
 from rankfold import ArtifactError, Budget, ModelError, compress, load, save
 from rankfold.files.export import finalize
-from rankfold.sources.models import _import as optional
-from rankfold.sources.models import build_model
+from rankfold.sources.models import build_model, optional
 
 onnxruntime = pytest.importorskip("onnxruntime")
 

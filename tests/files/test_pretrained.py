@@ -15,7 +15,7 @@ from zoo_of_architectures import ARCHITECTURES
 
 from rankfold import ArtifactError, Budget, ModelError, compress, plan_of, save_pretrained
 from rankfold.network.passes import run, tensors_in
-from rankfold.sources.models import _import as optional
+from rankfold.sources.models import optional
 
 transformers = optional("transformers", "hf")
 

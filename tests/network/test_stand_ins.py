@@ -23,9 +23,9 @@ from rankfold.network.stand_ins.attention import Attention, is_self_attention
 from rankfold.network.stand_ins.recurrent import Recurrent
 from rankfold.network.stand_ins.stack import Stack
 from rankfold.network.stand_ins.weight import NotPlainError, computed, computes_weight
-from rankfold.sources.models import _complete_torchvision
+from rankfold.sources.models import complete_torchvision
 
-_complete_torchvision()
+complete_torchvision()
 timm_layers = pytest.importorskip("timm.layers")
 
 both = pytest.mark.parametrize

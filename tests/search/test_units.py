@@ -57,9 +57,7 @@ def test_no_combination_is_better(name: str, monkeypatch: pytest.MonkeyPatch) ->
         error = sum(one.errors[place] for one, place in zip(curve.sets, places, strict=True))
         row = np.array([*places, *[0] * len(curve.members)])
         trial = UnitCurve(**{**vars(curve), "choices": row[None]})
-        cost = sum(
-            one.layer.cost(s.params, s.macs).macs for one in curve.members for s in [trial.shapes(0)[one.layer.name]]
-        )
+        cost = sum(one.layer.cost(s).macs for one in curve.members for s in [trial.shapes(0)[one.layer.name]])
         within = curve.costs["macs"] <= cost
         assert curve.errors[within].min() <= error + 1e-12
 

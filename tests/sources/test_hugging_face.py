@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from rankfold import ModelError, analyze
-from rankfold.sources.models import _import as optional
-from rankfold.sources.models import build_model
+from rankfold.sources.models import build_model, optional
 
 transformers = optional("transformers", "hf")
 

@@ -12,8 +12,7 @@ from rankfold.evaluation import accuracy, latency
 from rankfold.reports.demo import digits
 from rankfold.sources import zoo
 from rankfold.sources.data import Normalisation, open_dataset
-from rankfold.sources.models import _import as optional
-from rankfold.sources.models import build_model, load_weights_
+from rankfold.sources.models import build_model, load_weights_, optional
 
 PLAIN = Normalisation((0.0,), (1.0,))
 

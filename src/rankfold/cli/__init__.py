@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from rankfold.cli.by_blocks import compress_files
 from rankfold.cli.compression import analyze, compress
 from rankfold.cli.evaluation import compare, demo, evaluate, report
 from rankfold.cli.finetuning import finalize, finetune
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Smaller, ordinary PyTorch models from pre-trained ones, by low-rank and tensor decomposition.",
 )
-for command in (analyze, compress, finetune, evaluate, report, compare, finalize, demo):
+for command in (analyze, compress, compress_files, finetune, evaluate, report, compare, finalize, demo):
     app.command()(command)
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]

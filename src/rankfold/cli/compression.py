@@ -17,6 +17,7 @@ from rankfold.cli.options import (
     Model,
     Seed,
     Weights,
+    as_timed_,
     examples,
     open_model,
     print_json,
@@ -75,8 +76,9 @@ def compress(
         typer.Option(
             "--budget",
             "-b",
-            help="UNIT=LIMIT: macs=0.5, params=300k, bytes=12MB (repeatable); or error=0.05, the mean squared relative "
-            "error of the layers, for the cheapest plan (minimise=UNIT, default macs).",
+            help="UNIT=LIMIT: macs=0.5, params=300k, bytes=12MB, latency=0.6 or latency=8ms, on this machine "
+            "(repeatable); or error=0.05, the mean squared relative error of the layers, for the cheapest plan "
+            "(minimise=UNIT, default macs).",
         ),
     ],
     weights: Weights = None,
@@ -118,12 +120,21 @@ def compress(
     align: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Widths that are multiples of this; default 8 on Linear layers wider than 64, else 1."
+            min=1,
+            help="Widths and ranks that are multiples of this; default 8 for a limit on the latency, else widths of "
+            "Linear layers above 64 alone.",
         ),
     ] = None,
     memory: Annotated[
         str | None,
         typer.Option(help="Limit to what is taken besides networks and inputs: 4GB; default half of what is free."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Inputs in a pass that is timed, and whose MACs are counted.")] = 1,
+    channels_last: Annotated[
+        bool, typer.Option(help="Images and weights with their channels last, as they are timed; often faster.")
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads that PyTorch may use; default its own number.")
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="File that rene keeps its state in, and goes on from when started again.")
@@ -151,6 +162,7 @@ def compress(
     for target in {out, small}:
         check_target(target)
     source, example, shape = open_model(model, weights, input_shape, seed)
+    example = as_timed_(source.model, example, batch=batch, channels_last=channels_last, threads=threads)
     training = _training(finetune, test, source, shape, epochs=epochs, augment=augment, seed=seed)
     finder = _search(search, objective, source, shape, data=data, samples=samples, checkpoint=checkpoint)
     with progress_bars(as_json) as progress:

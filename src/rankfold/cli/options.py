@@ -16,6 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rankfold.errors import DataError, ModelError
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from rankfold.network.passes import Inputs
     from rankfold.sources.models import Source
 
 Model = Annotated[
@@ -67,6 +70,28 @@ def open_model(
     if source.input_shape is None and source.inputs is None:
         raise ModelError(f"{spec} does not say what inputs it takes; give --input-shape, for example 3,224,224")
     return source, source.example_inputs(), source.input_shape
+
+
+def as_timed_(model: nn.Module, example: Inputs, *, batch: int, channels_last: bool, threads: int | None) -> Inputs:
+    """Example inputs as passes over them are timed; the model and PyTorch are set up for it."""
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def formed(one: Any) -> Any:
+        if isinstance(one, dict):
+            return {name: formed(value) for name, value in one.items()}
+        if isinstance(one, (tuple, list)):
+            return type(one)(map(formed, one))
+        if not isinstance(one, torch.Tensor) or not one.ndim:
+            return one
+        one = one.repeat_interleave(batch, 0)
+        return one.contiguous(memory_format=torch.channels_last) if channels_last and one.ndim == 4 else one
+
+    return formed(example)
 
 
 def examples(spec: str, samples: int, source: Source, shape: tuple[int, ...] | None) -> Iterator[tuple[Any, Any]]:

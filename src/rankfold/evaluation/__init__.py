@@ -1,7 +1,8 @@
 """What a model is worth, beside its original: accuracy, perplexity, and time."""
 
 from rankfold.evaluation.language import Perplexity, Speed, perplexity, speeds
-from rankfold.evaluation.scores import BATCH, VALUES, Accuracy, accuracy, in_turns, latency
+from rankfold.evaluation.scores import BATCH, VALUES, Accuracy, accuracy
+from rankfold.network.timing.turns import in_turns, latency
 
 __all__ = [
     "BATCH",

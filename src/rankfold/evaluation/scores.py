@@ -1,19 +1,15 @@
-"""What a model is worth: top-1 and top-5 on labelled inputs, and latency against the original, side by side."""
+"""What a model is worth: top-1 and top-5 on labelled inputs."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from statistics import median
 
 import torch
 from torch import Tensor, nn
 
 from rankfold.errors import DataError
-from rankfold.network.passes import Inputs, describe_inputs, evaluating, run
+from rankfold.network.passes import describe_inputs, evaluating
 from rankfold.progress import Progress, silent
 from rankfold.sources.data import Dataset
 
@@ -61,43 +57,6 @@ def accuracy(
     return Accuracy(100 * first / len(dataset), 100 * fifth / len(dataset), len(dataset))
 
 
-def latency(
-    models: Sequence[nn.Module], inputs: Inputs, *, rounds: int = 30, warmup: int = 5, seconds: float = math.inf
-) -> tuple[float, ...]:
-    """Median milliseconds of one forward pass per model, the models taking turns in one run.
-
-    Taking turns makes the ratios hold where the machine's speed drifts; absolute figures are of this machine, now.
-    With `seconds` there are as many rounds, at least three and two to warm up, as take about so long.
-    """
-
-    def call(model: nn.Module) -> None:
-        run(model, inputs)
-        _synchronise(inputs)
-
-    _synchronise(inputs)
-    return in_turns([partial(call, model) for model in models], rounds=rounds, warmup=warmup, seconds=seconds)
-
-
-def in_turns(
-    calls: Sequence[Callable[[], object]], *, rounds: int, warmup: int, seconds: float = math.inf
-) -> tuple[float, ...]:
-    """Median milliseconds of each of some calls, which take turns; rounds and seconds are as in `latency`."""
-    if seconds < math.inf:
-        start = time.perf_counter()
-        for call in calls:
-            call()
-        affordable = int(seconds / max(time.perf_counter() - start, 1e-6))
-        rounds, warmup = max(3, min(rounds, affordable)), max(2, min(warmup, affordable))
-    samples: list[list[float]] = [[] for _ in calls]
-    for turn in range(warmup + rounds):
-        for call, taken in zip(calls, samples, strict=True):
-            start = time.perf_counter()
-            call()
-            if turn >= warmup:
-                taken.append(1e3 * (time.perf_counter() - start))
-    return tuple(median(taken) for taken in samples)
-
-
 def _logits(model: nn.Module, x: Tensor, classes: int) -> Tensor:
     try:
         logits = model(x)
@@ -109,8 +68,3 @@ def _logits(model: nn.Module, x: Tensor, classes: int) -> Tensor:
     if classes > logits.shape[1]:
         raise DataError(f"the data have labels up to {classes - 1}, the model has {logits.shape[1]} classes")
     return logits
-
-
-def _synchronise(inputs: Inputs) -> None:
-    if isinstance(inputs, Tensor) and inputs.is_cuda:
-        torch.cuda.synchronize(inputs.device)

@@ -255,8 +255,8 @@ def _write(folder: Path, result: Result, state: Mapping[str, Any], metrics: dict
     tensors, rest = split(state)
     save_file(tensors, folder / WEIGHTS)
     content = {
-        "before": vars(result.before),
-        "after": vars(result.after),
+        "before": result.before.as_dict(),
+        "after": result.after.as_dict(),
         "kept": result.after.kept(result.before),
         **({"seconds": round(result.seconds, 3)} if result.seconds else {}),
         "layers": {layer.name: layer.error for layer in result.plan.layers},

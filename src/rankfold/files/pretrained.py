@@ -47,7 +47,7 @@ def save_pretrained(
     if not takes_named_inputs(model) or not hasattr(model, "save_pretrained"):
         raise ModelError(f"{type(model).__name__} is not a model of transformers; save it with rankfold.save")
     target = Path(directory).absolute()
-    check_target(target, _is_ours)
+    check_target(target, is_ours)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
     config, found = model.config, plain_config(model, plan)
     try:
@@ -68,7 +68,7 @@ def save_pretrained(
                 **({"save_original_format": False} if keeps_names else {}),
             )
             _save_tokenizer(tokenizer, config, partial)
-        (partial / "README.md").write_text(_card(model, plan, plain=found is not None), encoding="utf-8")
+        (partial / "README.md").write_text(card(model, plan, plain=found is not None), encoding="utf-8")
         move_into_place(partial, target)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -107,7 +107,8 @@ def plain_config(model: Any, plan: Plan) -> Any:
     return changed if {name: tensor.shape for name, tensor in own.items()} == wanted else None
 
 
-def _is_ours(target: Path) -> bool:
+def is_ours(target: Path) -> bool:
+    """Whether a directory was written here before."""
     try:
         return CARD_MARK in (target / "README.md").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -131,7 +132,7 @@ def _save_tokenizer(tokenizer: Any, config: Any, folder: Path) -> None:
 CARD_MARK = "library_name: transformers\ntags:\n- rankfold\n"
 
 
-def _card(model: Any, plan: Plan, *, plain: bool) -> str:
+def card(model: Any, plan: Plan, *, plain: bool) -> str:
     """A model card: what was done, in numbers, and how it is loaded."""
     kind = type(model).__name__
     origin = getattr(model.config, "_name_or_path", "") or kind

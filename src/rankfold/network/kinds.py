@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rankfold.decompositions import Factors
 from rankfold.decompositions.wiring import LayerShape, Stage, Wiring, product
 from rankfold.network.factorised import Factorised, Role, TransposedLinear, stand_in
-from rankfold.network.layouts import as_factors, as_stage_weights
+from rankfold.network.layouts import as_factors, as_stage_weights, laid_out
 from rankfold.network.stand_ins.stack import FactorBlocks, Stack
 from rankfold.plan import LayerSpec
 
@@ -138,7 +138,9 @@ def stage_weights(module: nn.Module, wiring: Wiring, factors: Factors) -> list[n
     """The factors as the weights of the stages that run them, in the module's dtype and on its device."""
     original = cast(nn.Parameter, module.weight)
     return [
-        nn.Parameter(weight.to(original.device, original.dtype).contiguous(), requires_grad=original.requires_grad)
+        nn.Parameter(
+            laid_out(weight.to(original.device, original.dtype), original), requires_grad=original.requires_grad
+        )
         for weight in as_stage_weights(shape_of(module), wiring, factors)
     ]
 

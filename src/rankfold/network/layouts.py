@@ -39,6 +39,17 @@ def as_factors(weights: Sequence[Tensor], shape: LayerShape, wiring: Wiring, ran
     return tuple(factors)
 
 
+def laid_out(weight: Tensor, like: Tensor) -> Tensor:
+    """A weight in the order in memory that another one has: channels last, or as usual.
+
+    Convolutions of images whose channels are last turn weights that are not so in every call.
+    """
+    for axes, form in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if weight.ndim == like.ndim == axes and like.is_contiguous(memory_format=form) and not like.is_contiguous():
+            return weight.contiguous(memory_format=form)
+    return weight.contiguous()
+
+
 def empty_factors(shape: LayerShape, wiring: Wiring, ranks: Sequence[int]) -> Factors:
     """Uninitialised factors of a layer at the given ranks."""
     sizes = cast(dict[str, int], wiring.sizes(shape, list(ranks)))

@@ -19,6 +19,7 @@ from rankfold.errors import PlanError
 from rankfold.network.copies import sharing
 from rankfold.network.factorised import Factorised
 from rankfold.network.kinds import known_kind, shape_of, weight_of
+from rankfold.network.layouts import laid_out
 from rankfold.network.passes import Inputs, reason_of, run, same, tensors_in
 from rankfold.plan import ChannelSet, LayerPlan, Narrowing, Plan
 
@@ -227,8 +228,8 @@ def _resize_(module: nn.Module, weight: Tensor, bias: Tensor | None, side: str) 
     kind, own = known_kind(module), cast(nn.Parameter, module.weight)
     turned = weight.transpose(1, 2) if kind.transposed else weight
     kernel = own.shape[2:] if kind.axes else ()
-    flat = turned.reshape(*((turned.shape[0] * turned.shape[1], turned.shape[2])), *kernel).contiguous()
-    module.weight = nn.Parameter(flat, own.requires_grad)
+    flat = turned.reshape(*((turned.shape[0] * turned.shape[1], turned.shape[2])), *kernel)
+    module.weight = nn.Parameter(laid_out(flat, own), own.requires_grad)
     if bias is not None:
         module.bias = nn.Parameter(bias.clone(), cast(nn.Parameter, module.bias).requires_grad)
     size = weight.shape[0] * weight.shape[1 if side == "outputs" else 2]

@@ -54,6 +54,14 @@ def rehearse(model: nn.Module, plan: Plan, inputs: Inputs) -> Rehearsal:
     return Rehearsal(plan.after, _culprits(model, plan, inputs, (*plan.narrowings, *plan.decomposed), outcome))
 
 
+def rehearsed(model: nn.Module, plan: Plan) -> nn.Module:
+    """The network that a plan makes, with random factors: it costs what the student will, and takes as long."""
+    student = narrow_(open_(duplicate(model), plan.opened), plan.narrowings)
+    for number, layer in enumerate(plan.decomposed):
+        student = swapped(student, layer, _random_factors(student, layer, number))
+    return student
+
+
 def verified(model: nn.Module, student: nn.Module, plan: Plan, inputs: Inputs) -> Plan:
     """The plan with the student's measured cost; raises ModelError where that is neither the plan's nor explained.
 
@@ -99,9 +107,7 @@ def _tried(model: nn.Module, plan: Plan, inputs: Inputs, *, whole: bool = False)
         expected = _expected(model, plan, inputs)
         if whole and plan.narrowings and not _as_planned(model, plan, inputs, expected):
             return f"without its channels the network has {expected.params:,} parameters and {expected.macs:,} MACs"
-        student = narrow_(open_(duplicate(model), plan.opened), plan.narrowings)
-        for number, layer in enumerate(plan.decomposed):
-            student = swapped(student, layer, _random_factors(student, layer, number))
+        student = rehearsed(model, plan)
         cost = cost_of(student, inputs)
         if cost == expected:
             return Rehearsal(cost, {})

@@ -67,7 +67,7 @@ class Analysis:
                 "aliases": list(layer.aliases),
                 "kind": layer.kind,
                 "shape": list(layer.weight),
-                **vars(layer.dense),
+                **layer.dense.as_dict(),
                 "savings": {
                     name: {**vars(saving), "ranks": list(saving.ranks)} if saving else None
                     for name, saving in savings.items()
@@ -76,7 +76,7 @@ class Analysis:
             for layer, savings in self.layers
         ]
         return {
-            **vars(self.cost),
+            **self.cost.as_dict(),
             "within_reach": self.within_reach,
             "energy": ENERGY,
             "layers": layers,

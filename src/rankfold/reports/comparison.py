@@ -33,7 +33,7 @@ class Side:
         top = (
             {"top1": self.accuracy.top1, "top5": self.accuracy.top5} if self.accuracy else {"top1": None, "top5": None}
         )
-        return {**top, **vars(self.cost), "latency_ms": self.latency_ms}
+        return {**top, **self.cost.as_dict(), "latency_ms": self.latency_ms}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class LanguageSide:
         return {
             "perplexity": self.perplexity.value,
             "loss": self.perplexity.loss,
-            **vars(self.cost),
+            **self.cost.as_dict(),
             "tokens_per_second": speed,
         }
 

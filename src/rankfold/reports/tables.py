@@ -33,15 +33,15 @@ def compression_dict(result: Result, out: Path) -> dict[str, Any]:
             "ranks": list(layer.ranks),
             "narrowed": list(layer.narrowed),
             "error": layer.error,
-            "before": vars(layer.before),
-            "after": vars(layer.after),
+            "before": layer.before.as_dict(),
+            "after": layer.after.as_dict(),
             "aliases": list(layer.aliases),
         }
         for layer in result.plan.layers
     ]
     return {
-        "before": vars(result.before),
-        "after": vars(result.after),
+        "before": result.before.as_dict(),
+        "after": result.after.as_dict(),
         "kept": result.after.kept(result.before),
         "seconds": result.seconds,
         "out": str(out),
@@ -82,6 +82,7 @@ def compression(result: Result, out: Path, times: Sequence[float] = ()) -> Rende
         *([Text(speed(*times), "yellow" if times[1] > SLOWER * times[0] else "")] if times else []),
         Text(f"{what} {objective:.4g}{proof}", "dim"),
         Text(calibration(result.plan.settings), "dim"),
+        *(Text(sentence, "dim") for sentence in timing(result.plan.settings)),
         Text(f"{out}  ({result.seconds:.1f} s)"),
     ]
     return Group(table, skipped(result.plan.skipped), *notes)
@@ -94,8 +95,21 @@ def speed(before: float, after: float) -> str:
         return told
     return (
         f"{told}: slower than the original, as thin layers are where memory and calls cost more than products; try "
-        "--decomposition interpolative, which makes layers narrower, --align 8, or --include for the largest only"
+        "--budget latency=0.8, which limits what is measured here, or --decomposition interpolative"
     )
+
+
+def timing(settings: Mapping[str, Any]) -> list[str]:
+    """What was predicted and measured where latency is limited, in a sentence."""
+    turns, timed = settings.get("latency_turns_ms"), settings.get("timed", {})
+    if not turns:
+        return []
+    told = ", ".join(f"{predicted:.3g} ms predicted and {measured:.3g} measured" for predicted, measured in turns)
+    threads = f"{timed['threads']} threads, " if timed.get("threads") else ""
+    return [
+        f"Before the fits, plans were timed beside the original: {told} ({timed.get('name')}, {threads}"
+        f"{timed.get('inputs')}, channels {'last' if timed.get('channels_last') else 'first'})."
+    ]
 
 
 SLOWER = 1.05
@@ -243,7 +257,7 @@ def pretrained(path: Path) -> RenderableType:
 
 def demo_row_dict(row: Row) -> dict[str, Any]:
     """A line of the demonstration in JSON's types."""
-    return {**vars(row), "cost": vars(row.cost)}
+    return {**vars(row), "cost": row.cost.as_dict()}
 
 
 def demo(rows: Sequence[Row], seconds: float) -> RenderableType:

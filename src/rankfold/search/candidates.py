@@ -17,7 +17,7 @@ import numpy.typing as npt
 from jaxtyping import Float
 from torch import Tensor
 
-from rankfold.budget import UNITS
+from rankfold.budget import LATENCY, RESOURCES, UNITS
 from rankfold.decompositions import (
     DECOMPOSITIONS,
     Expansion,
@@ -64,8 +64,11 @@ def measure_layer(
     *,
     units: Sequence[str] = UNITS,
     moments: Mapping[str, Moment] | None = None,
+    align: int = 1,
 ) -> Curve:
     """The candidates of a layer among the decompositions `names`, none of them larger than the layer in any of `units`.
+
+    Ranks are multiples of `align`, but where the largest are below four times of it.
 
     Errors are squared relative Frobenius errors of the closed form; where that is far from the best (`knots`), of the
     form fitted at a few candidates and interpolated between them. With an entry of the layer's in `moments` all errors
@@ -83,7 +86,7 @@ def measure_layer(
         seen.add(wiring)
         expansion = expand(name, weight, layer.shape, moment)
         for grid in expansion.grids():
-            candidates = _candidates(name, layer, grid, units)
+            candidates = _candidates(name, layer, grid, units, align)
             parts.append(_fitted(candidates, weight, expansion, layer.shape, moment))
     exact = expansion if isinstance(expansion, WeightedExpansion) and not layer.shape.taps else None
     return replace(_merged(layer, tuple(names), parts, units, known), weight=weight, moments=moments, exact=exact)
@@ -101,13 +104,16 @@ def smallest_form(layer: LayerSpec, name: str) -> str:
 def pareto(errors: FloatArray, costs: Sequence[IntArray]) -> IntArray:
     """Indices of the candidates that no other one matches in the error and all costs, by rising cost.
 
-    Of exact ties the first stays. One cost takes a sort; with two, a sweep over a staircase of (second cost, error).
+    Of exact ties the first stays. One cost takes a sort; with two, a sweep over a staircase of (second cost, error);
+    with more, each is compared with those that stay.
     """
     costs = _independent(costs)
     order = np.lexsort((errors, *reversed(costs)))
     if len(costs) == 1:
         best = np.minimum.accumulate(errors[order])
         return order[np.append(True, best[1:] < best[:-1])] if len(order) else order
+    if len(costs) > 2:
+        return _undominated(order, np.stack([errors, *costs[1:]], 1))
     kept = []
     stairs_cost: list[float] = []  # rising, while stairs_error falls
     stairs_error: list[float] = []
@@ -126,6 +132,18 @@ def pareto(errors: FloatArray, costs: Sequence[IntArray]) -> IntArray:
     return np.array(kept, dtype=np.int64)
 
 
+def _undominated(order: IntArray, amounts: FloatArray) -> IntArray:
+    """Those, in an order of rising first cost, that no earlier one matches in all other amounts."""
+    kept = np.empty(len(order), dtype=np.int64)
+    staying = np.empty((len(order), amounts.shape[1]))
+    count = 0
+    for index in order:
+        if not (staying[:count] <= amounts[index]).all(1).any():
+            kept[count], staying[count] = index, amounts[index]
+            count += 1
+    return kept[:count]
+
+
 def _independent(costs: Sequence[IntArray]) -> list[IntArray]:
     """The costs without those that are a multiple of an earlier one, as bytes are of parameters."""
     kept: list[IntArray] = []
@@ -135,7 +153,7 @@ def _independent(costs: Sequence[IntArray]) -> list[IntArray]:
     return kept
 
 
-def _candidates(name: str, layer: LayerSpec, grid: Grid, units: Sequence[str]) -> _Candidates:
+def _candidates(name: str, layer: LayerSpec, grid: Grid, units: Sequence[str], align: int) -> _Candidates:
     """The useful candidates of a grid that are not larger than the layer in any unit, and smaller in one."""
     wiring = wiring_of(name, layer.shape)
     ranks = [axis.ravel() for axis in np.meshgrid(*grid.ranks, indexing="ij")]
@@ -146,7 +164,13 @@ def _candidates(name: str, layer: LayerSpec, grid: Grid, units: Sequence[str]) -
     fits = np.isfinite(errors) & _balanced(name, layer, ranks)
     smaller = np.zeros_like(fits)
     for rank, largest in zip(ranks, wiring.largest_ranks(layer.shape, ranks), strict=True):
-        fits &= rank <= largest
+        fits &= (rank <= largest) & ((rank % align == 0) | (rank.max() < 4 * align))
+    if LATENCY in units:  # what has more of everything is not worth a measurement
+        fits &= (params <= layer.dense.params) & (macs <= layer.dense.macs)
+    chosen = np.flatnonzero(fits)
+    costs[LATENCY] = np.zeros_like(params)
+    if LATENCY in units and layer.times:
+        costs[LATENCY][chosen] = layer.times(layer.shape, wiring, [rank[chosen] for rank in ranks])
     for unit in units:
         fits &= costs[unit] <= getattr(layer.dense, unit)
         smaller |= costs[unit] < getattr(layer.dense, unit)
@@ -167,7 +191,7 @@ def _merged(
     closed = np.concatenate([[0.0], *(part.closed for part in parts)])
     costs = {
         unit: np.concatenate([[getattr(dense, unit)], *(part.costs[unit] for part in parts)]).astype(np.int64)
-        for unit in UNITS
+        for unit in RESOURCES
     }
     known = [not (part.fits and DECOMPOSITIONS[part.name].optimistic) for part in parts for _ in part.errors]
     trusted = np.flatnonzero([True, *known])

@@ -55,9 +55,13 @@ def priced(
     moments: Mapping[str, Moment],
     inputs: Sequence[Inputs],
     *,
+    classes: bool = True,
     progress: Progress = silent,
 ) -> tuple[tuple[Curve, ...], tuple[Width, ...]]:
-    """The curves and widths with prices, from the divergence of the network's outputs on a few inputs."""
+    """The curves and widths with prices, from the divergence of the network's outputs on a few inputs.
+
+    With `classes` these are distributions over classes, where they have more than one.
+    """
     specs = {curve.layer.name: curve.layer for curve in curves}
     parts: list[Callable[[], Iterator[Trial]]] = [
         *(partial(_of_layer, model, curve, _matrix(model, curve, moments)) for curve in curves),
@@ -67,7 +71,7 @@ def priced(
     sizes = [examples_in(batch) for batch in inputs]
     for number, (batch, size) in enumerate(zip(inputs, sizes, strict=True)):
         replay = Replay(model, batch)
-        divergence = _divergence_from(output_of(replay.output))
+        divergence = _divergence_from(output_of(replay.output), classes=classes)
         for done, (part, found) in enumerate(zip(parts, sums, strict=True)):
             progress("pricing errors", number * len(parts) + done, len(inputs) * len(parts))
             for trial in part():
@@ -81,15 +85,16 @@ def priced(
     )
 
 
-def _divergence_from(whole: Tensor) -> Callable[[Tensor], float]:
+def _divergence_from(whole: Tensor, *, classes: bool) -> Callable[[Tensor], float]:
     """What outputs have lost: of distributions over classes the divergence, of others the relative squared error.
 
     With p the whole network's distribution and d the difference of the logits, both at `TEMPERATURE` T, the divergence
     is log Σ p eᵈ − Σ p d, in which nothing cancels where d is small.
     """
-    if whole.ndim < 2 or whole.shape[class_axis(whole)] < 2:
+    if not classes or whole.ndim < 2 or whole.shape[class_axis(whole)] < 2:
+        whole = whole.float()
         energy = whole.square().sum().clamp_min(1e-30)
-        return lambda output: float((output - whole).square().sum() / energy)
+        return lambda output: float((output.float() - whole).square().sum() / energy)
     axis = class_axis(whole)
     taught = functional.softmax(whole.float() / TEMPERATURE, axis)
 

@@ -27,7 +27,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from rankfold.budget import UNITS, describe
+from rankfold.budget import LATENCY, UNITS, describe
 from rankfold.errors import BudgetError, SearchError
 from rankfold.progress import Progress, silent
 from rankfold.search import checkpoint as files
@@ -108,8 +108,10 @@ class Published:
         """The ranks found, layers that would grow kept dense.
 
         Raises SearchError where a loss or a logit is not finite, and BudgetError where the plan is over the budget,
-        which the method knows nothing of.
+        which the method knows nothing of, or limits what it does not count.
         """
+        if LATENCY in problem.limits:
+            raise BudgetError("the published search counts parameters, MACs and bytes; limit the latency with exact")
         run = _Run(self, problem, progress)
         run.search()
         return run.selection()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankfold.budget import UNITS
+from rankfold.budget import RESOURCES
 from rankfold.decompositions import Factors, expand, fit, reconstruct, relative_error, wiring_of
 from rankfold.errors import BudgetError
 from rankfold.search.curves import Curve
@@ -78,7 +78,7 @@ def with_rank(layer: Layer) -> Curve:
     weight = cast(Tensor, layer.curve.weight)
     factors = fit(layer.method, weight, spec.shape, ranks)
     error = relative_error(weight.double(), layer.wiring, factors)
-    after = spec.cost(layer.wiring.params(spec.shape, ranks), layer.wiring.macs(spec.shape, ranks))
-    costs = {unit: np.array([getattr(spec.dense, unit), getattr(after, unit)], dtype=np.int64) for unit in UNITS}
+    after = spec.cost(spec.shape, layer.wiring, ranks)
+    costs = {unit: np.array([getattr(spec.dense, unit), getattr(after, unit)], dtype=np.int64) for unit in RESOURCES}
     errors = np.array([0.0, error])
     return Curve(spec, layer.curve.tried, (None, layer.method), ((), ranks), errors, costs, errors)

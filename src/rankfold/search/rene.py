@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rankfold.budget import UNITS
 from rankfold.errors import BudgetError
 from rankfold.progress import Progress, silent
 from rankfold.search import checkpoint as files
@@ -143,7 +142,7 @@ class _Run:
         pairs = list(zip(problem.curves, relaxed.distributions, strict=True))
         costs = {
             unit: float(getattr(problem.fixed, unit)) + sum(float(p @ curve.costs[unit]) for curve, p in pairs)
-            for unit in UNITS
+            for unit in (problem.curves[0].costs if problem.curves else ())
         }
         entropies = tuple(entropy(p) for p in relaxed.distributions)
         likeliest = tuple(_label(curve, int(p.argmax())) for curve, p in pairs)

@@ -18,7 +18,7 @@ from typing import cast
 
 import numpy as np
 
-from rankfold.budget import UNITS, Cost
+from rankfold.budget import RESOURCES, UNITS, Cost
 from rankfold.decompositions import wiring_of
 from rankfold.decompositions.wiring import LayerShape
 from rankfold.plan import INTERPOLATIVE
@@ -157,21 +157,21 @@ class _Front:
     def empty(cls, size: int) -> _Front:
         """Nothing chosen, at no cost."""
         zero = np.zeros(1, dtype=np.int64)
-        return cls(np.zeros(1), dict.fromkeys(UNITS, zero), np.full((1, size), -1, dtype=np.int64))
+        return cls(np.zeros(1), dict.fromkeys(RESOURCES, zero), np.full((1, size), -1, dtype=np.int64))
 
     @classmethod
     def joined(cls, fronts: Sequence[_Front]) -> _Front:
         """The candidates of several fronts."""
         return cls(
             np.concatenate([one.errors for one in fronts]),
-            {unit: np.concatenate([one.costs[unit] for one in fronts]) for unit in UNITS},
+            {unit: np.concatenate([one.costs[unit] for one in fronts]) for unit in RESOURCES},
             np.concatenate([one.choices for one in fronts]),
         )
 
     def with_set(self, one: Width, place: int, width: int, loss: float) -> _Front:
         """The candidates with a set at one of its widths, which costs so much."""
         kept, size = one.widths[width], one.channels.size
-        costs = {unit: self.costs[unit] + getattr(one.channels.through, unit) * kept // size for unit in UNITS}
+        costs = {unit: self.costs[unit] + getattr(one.channels.through, unit) * kept // size for unit in RESOURCES}
         choices = self.choices.copy()
         choices[:, place] = width
         return _Front(self.errors + loss, costs, choices)
@@ -181,20 +181,20 @@ class _Front:
     ) -> _Front:
         """The candidates with every form of a layer, at the size that it has between the chosen widths."""
         forms = np.unique(np.linspace(0, len(curve) - 1, min(FORMS, len(curve))).round().astype(np.int64))
-        own: dict[str, list[int]] = {unit: [] for unit in UNITS}
+        own: dict[str, list[int]] = {unit: [] for unit in RESOURCES}
         errors, kept = [], []
-        dense = curve.layer.cost(shape.params, shape.macs)
+        dense = curve.layer.cost(shape)
         for form in forms:
             cost = dense if form == 0 else cost_at(curve, int(form), shape)
             if form and not _smaller(cost, dense, units):
                 continue
             errors.append(losses[form])
             kept.append(int(form))
-            for unit in UNITS:
+            for unit in RESOURCES:
                 own[unit].append(getattr(cost, unit))
         summed = (self.errors[:, None] + np.array(errors)).ravel()
         costs: dict[str, IntArray] = {
-            unit: (self.costs[unit][:, None] + np.array(own[unit], dtype=np.int64)).ravel() for unit in UNITS
+            unit: (self.costs[unit][:, None] + np.array(own[unit], dtype=np.int64)).ravel() for unit in RESOURCES
         }
         choices = np.repeat(self.choices, len(kept), axis=0)
         choices[:, place] = np.tile(kept, len(self.errors))
@@ -214,12 +214,12 @@ def _as_curve(front: _Front, sets: Sequence[Width], members: Sequence[Curve], un
     whole = {
         unit: sum(getattr(one.layer.dense, unit) for one in members)
         + sum(getattr(one.channels.through, unit) for one in sets)
-        for unit in UNITS
+        for unit in RESOURCES
     }
     others = np.flatnonzero(front.choices.any(1))
     others = others[np.argsort(-front.costs[units[0]][others], kind="stable")]
     errors = np.concatenate([[0.0], front.errors[others]])
-    costs = {unit: np.concatenate([[whole[unit]], front.costs[unit][others]]).astype(np.int64) for unit in UNITS}
+    costs = {unit: np.concatenate([[whole[unit]], front.costs[unit][others]]).astype(np.int64) for unit in RESOURCES}
     choices = np.concatenate([dense, front.choices[others]])
     first = members[0].layer
     name = sets[0].channels.name
@@ -247,12 +247,12 @@ def _label(row: IntArray, sets: Sequence[Width]) -> tuple[int, ...]:
 def cost_at(curve: Curve, form: int, shape: LayerShape) -> Cost:
     """The cost of a layer's candidate at the shape that it has between narrower layers; of useless ranks, its own."""
     if curve.methods[form] is None:
-        return curve.layer.cost(shape.params, shape.macs)
+        return curve.layer.cost(shape)
     wiring, ranks = wiring_of(cast(str, curve.methods[form]), shape), list(curve.ranks[form])
     for rank, largest in zip(ranks, wiring.largest_ranks(shape, ranks), strict=True):
         if rank > largest:
-            return curve.layer.cost(shape.params, shape.macs)
-    return curve.layer.cost(int(wiring.params(shape, ranks)), int(wiring.macs(shape, ranks)))
+            return curve.layer.cost(shape)
+    return curve.layer.cost(shape, wiring, ranks)
 
 
 def _smaller(cost: Cost, dense: Cost, units: Sequence[str]) -> bool:

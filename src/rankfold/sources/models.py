@@ -146,7 +146,7 @@ def _from_zoo(name: str) -> Source:
 
 
 def _from_timm(name: str) -> Source:
-    timm = _import("timm", "timm")
+    timm = optional("timm", "timm")
     if name not in timm.list_models():
         raise UnknownNameError("timm model", name, timm.list_models())
     model = timm.create_model(name, pretrained=False)
@@ -154,7 +154,7 @@ def _from_timm(name: str) -> Source:
 
 
 def _from_torchvision(name: str) -> Source:
-    models = _import("torchvision.models", "torchvision")
+    models = optional("torchvision.models", "torchvision")
     if name not in models.list_models():
         raise UnknownNameError("torchvision model", name, models.list_models())
     model = models.get_model(name, weights=None)
@@ -164,7 +164,7 @@ def _from_torchvision(name: str) -> Source:
 
 def _from_hf(name: str) -> Source:
     """A Hugging Face model by name or directory, its architecture from the configuration and its weights if any."""
-    transformers = _import("transformers", "hf")
+    transformers = optional("transformers", "hf")
     model, note = hugging_face.load_model(transformers, name)
     source = _with_named_inputs(model, note)
     return replace(source, tokenize=partial(hugging_face.tokenize, transformers, name)) if source.vocabulary else source
@@ -230,9 +230,9 @@ def _configured(model: nn.Module) -> tuple[tuple[int, ...] | None, Normalisation
     return None, None
 
 
-def _import(module: str, extra: str) -> Any:
+def optional(module: str, extra: str) -> Any:
     """An optional package, or one line on how to get it."""
-    _complete_torchvision()
+    complete_torchvision()
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -241,7 +241,7 @@ def _import(module: str, extra: str) -> Any:
         raise ModelError(f"{module} does not work beside torch {torch.__version__}: {error}") from error
 
 
-def _complete_torchvision() -> None:
+def complete_torchvision() -> None:
     """Makes torchvision importable where its compiled part was built for another torch.
 
     Then two operators of its detection models are missing, and importing it, or anything that imports it (timm,

@@ -10,15 +10,15 @@ from typing import Any
 
 from markupsafe import Markup
 
-from rankfold.budget import UNITS, Cost
+from rankfold.budget import LATENCY, RESOURCES, Cost
 from rankfold.plan import LayerPlan, Plan, channels_named
 from rankfold.reports.layout import grouped
 from rankfold.reports.page.pictures import lines, number
-from rankfold.reports.tables import SLOWER, calibration, speed
+from rankfold.reports.tables import SLOWER, calibration, speed, timing
 
 SHOWN = 24
 """Curves, and layers of a search's history, that are drawn: those where most is saved."""
-TITLES = {"params": "Parameters", "macs": "MACs", "bytes": "Bytes"}
+TITLES = {"params": "Parameters", "macs": "MACs", "bytes": "Bytes", "latency": "Microseconds"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def content_of(
     curves: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """All that the template is filled with."""
-    unit = next((one for one in plan.settings.get("budget", {}) if one in UNITS), "macs")
+    unit = next((one for one in plan.settings.get("budget", {}) if one in RESOURCES), "macs")
     refined: Mapping[str, Sequence[float]] = plan.settings.get("refined_blocks", {})
     times = list(metrics.get("latency_ms", {}).values())
     return {
@@ -136,16 +136,22 @@ def _told(plan: Plan) -> str:
     if bound is not None:
         reached = plan.settings.get("objective", 0.0)
         parts.append(f"The search reached {reached:.4g}; no plan within the budget is below {bound:.4g}.")
-    return " ".join(parts)
+    return " ".join([*parts, *timing(plan.settings)])
 
 
 def _rows(plan: Plan, unit: str) -> list[Row]:
-    largest = max((getattr(one.before, unit) for one in plan.layers), default=1) or 1
+    largest = max((_amount(one.before, unit) for one in plan.layers), default=1) or 1
     return [_row(layer, largest, unit) for layer in plan.layers]
 
 
+def _amount(cost: Cost, unit: str) -> int:
+    """What a layer costs, times in microseconds."""
+    found: int = getattr(cost, unit)
+    return found // 1000 if unit == LATENCY else found
+
+
 def _row(layer: LayerPlan, largest: int, unit: str) -> Row:
-    was, now = getattr(layer.before, unit), getattr(layer.after, unit)
+    was, now = _amount(layer.before, unit), _amount(layer.after, unit)
     narrower = "×".join(map(str, layer.narrowed))
     factors = f"{layer.decomposition} {' · '.join(map(str, layer.ranks))}" if layer.decomposition else ""
     changed = bool(narrower or factors)
@@ -260,6 +266,9 @@ def _command(plan: Plan) -> str:
     words = ["rankfold", "compress", source["model"]]
     if "weights" in source:
         words += ["--weights", source["weights"]]
+    timed = settings.get("timed", {})
+    words += ["--batch", str(timed["batch"]), "--threads", str(timed["threads"])] if timed else []
+    words += ["--channels-last"] if timed.get("channels_last") else []
     decomposition = settings.get("decomposition", "tucker")
     named = [f"{one}={_names(two)}" for one, two in decomposition.items()] if isinstance(decomposition, dict) else None
     for one in named or [_names(decomposition)]:

@@ -1,0 +1,221 @@
+"""Networks block by block: what is measured of each alone, one plan for all of them, and what becomes of each.
+
+Nothing here asks for the whole network: a block is a network of its own, whose inputs are what reaches it. Errors are
+weighed by what they cost the block's output, which a transformer's blocks hand on with little added: relative squared
+errors of that stream are what is summed over blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from rankfold.budget import Budget, Cost
+from rankfold.calibration.asked import HELD_MOST, HELD_SHARE
+from rankfold.calibration.moments import Calibration, calibrate
+from rankfold.decompositions.metric import Moment
+from rankfold.errors import ModelError
+from rankfold.memory import trim
+from rankfold.network.channels import Channels
+from rankfold.network.costs import cost_of
+from rankfold.network.finding import Layers, find_layers
+from rankfold.network.opening import Opened, opened, within
+from rankfold.network.passes import Inputs, parted
+from rankfold.network.rehearsal import rehearse
+from rankfold.network.surgery import apply_plan
+from rankfold.plan import LayerPlan, Narrowing, Plan, channels_named
+from rankfold.planning import Decompositions, assign, drawn_up, measure, pose
+from rankfold.progress import Progress, silent
+from rankfold.search import search as known_search
+from rankfold.search import settle
+from rankfold.search.curves import Curve, subset
+from rankfold.search.prices import priced
+from rankfold.search.widths import Width
+from rankfold.units import about_means, hidden_channels, measure_widths, united, with_metric
+
+PRICED = 2
+"""Batches on which errors are priced."""
+
+
+@dataclass(frozen=True)
+class BlockCurves:
+    """What is kept of a block once it is measured: curves of what can become of it, without weights or moments.
+
+    `cost` is what the block costs in a pass over the first batch.
+    """
+
+    curves: tuple[Curve, ...]
+    layers: Layers
+    openings: Mapping[str, Any]
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A block looked at: opened, its layers and channels, and the moments of what goes into them."""
+
+    whole: Opened
+    layers: Layers
+    choices: Mapping[str, Sequence[str]]
+    channels: Channels
+    calibration: Calibration
+    held: Sequence[Inputs]
+
+
+def measure_block(
+    block: nn.Module,
+    batches: Sequence[Inputs],
+    *,
+    decomposition: Decompositions,
+    budget: Budget,
+    align: int,
+    progress: Progress = silent,
+) -> BlockCurves:
+    """The curves of a block on the inputs that reach it; each of its layers is measured and let go in turn.
+
+    What a rehearsal of the smallest plan shows not to be replaceable stays as it is.
+    """
+    known = _known(block, batches, decomposition, progress)
+    model, moments = known.whole.model, known.calibration.moments
+    judged = (known.held or list(known.calibration.inputs))[:PRICED]
+    ordering, _ = about_means(model, batches[0], moments, known.channels.found, in_order=False)
+    widths, layers = measure_widths(model, known.layers, known.channels, align=align, moments=ordering)
+    curves: list[Curve] = []
+    for layer in layers.found:
+        own = Layers((layer,), {})
+        measured = measure(model, own, known.choices, units=budget.units, moments=moments, align=align)
+        measured, _ = priced(model, measured, (), moments, judged, classes=False)
+        curves += [replace(one, weight=None, moments={}, exact=None) for one in measured]
+        trim()
+    whole = [subset(one, np.array([0])) for one in curves]
+    _, widths = priced(model, whole, widths, moments, judged, classes=False)
+    refused: dict[str, str] = {}
+    cost = cost_of(block, batches[0])
+    while True:
+        left = _united(curves, widths, refused, budget)
+        smallest = _plan(left, [len(curve) - 1 for curve in left], layers, budget, cost, known.whole)
+        told = rehearse(block, smallest, batches[0]).refused
+        if not told:
+            return BlockCurves(tuple(left), layers.without(refused), known.whole.openings, cost)
+        refused |= told
+
+
+def plan_blocks(
+    blocks: Mapping[str, BlockCurves], before: Cost, budget: Budget, progress: Progress = silent
+) -> tuple[dict[str, Plan], dict[str, Any]]:
+    """A plan for every block, by its name, all of them together within the budget; and how they were found.
+
+    `before` is what the whole network costs. Raises BudgetError where there is no plan.
+    """
+    every = [curve for block in blocks.values() for curve in block.curves]
+    problem = pose(every, before, budget)
+    progress("searching ranks", 0, 1)
+    selection = settle(problem, known_search("exact"), progress)
+    progress("searching ranks", 1, 1)
+    chosen = iter(zip(selection.curves or problem.curves, selection.choices, strict=True))
+    found = {}
+    for name, block in blocks.items():
+        pairs = [next(chosen) for curve in block.curves if len(curve) > 1]
+        own = pose(block.curves, block.cost, budget)
+        plan = drawn_up(pairs, block.curves, block.layers, own, {})
+        found[name] = replace(plan, opened=within(block.openings, [layer.name for layer in plan.changed]))
+    settings = {
+        "search": "exact, block by block",
+        "budget": dict(budget.given),
+        "minimised": problem.minimise,
+        "objective": selection.objective,
+        "bound": selection.bound,
+        "priced": True,
+    }
+    return found, settings
+
+
+def fit_block(
+    block: nn.Module,
+    plan: Plan,
+    batches: Sequence[Inputs],
+    *,
+    decomposition: Decompositions,
+    progress: Progress = silent,
+) -> tuple[nn.Module, Plan]:
+    """What a plan makes of a block, fitted by the inputs that reach it, and the plan with the errors reached."""
+    if not plan.changed:
+        return block, plan
+    known = _known(block, batches, decomposition, progress)
+    moments: Mapping[str, Moment] = known.calibration.moments
+    _, rebuilding = about_means(
+        known.whole.model, batches[0], moments, [one.channels for one in plan.narrowings], in_order=False
+    )
+    student, reached = apply_plan(block, plan, moments=moments, rebuilding=rebuilding, progress=progress)
+    told = known.calibration.approximate
+    return student, replace(reached, settings={"approximate_moments": dict(told)} if told else {})
+
+
+def whole_plan(plans: Mapping[str, Plan], before: Cost, settings: Mapping[str, Any]) -> Plan:
+    """One plan of those of blocks, in the names that layers have in the network."""
+    after = reduce(Cost.__add__, (plan.after - plan.before for plan in plans.values()), before)
+    approximate = {
+        f"{name}.{layer}": told
+        for name, plan in plans.items()
+        for layer, told in plan.settings.get("approximate_moments", {}).items()
+    }
+    return Plan(
+        tuple(_layer_in(name, layer) for name, plan in plans.items() for layer in plan.layers),
+        {f"{name}.{layer}": reason for name, plan in plans.items() for layer, reason in plan.skipped.items()},
+        before,
+        after,
+        {**settings, **({"approximate_moments": approximate} if approximate else {})},
+        opened={f"{name}.{one}": how for name, plan in plans.items() for one, how in plan.opened.items()},
+        narrowings=tuple(_narrowing_in(name, one) for name, plan in plans.items() for one in plan.narrowings),
+    )
+
+
+def _known(block: nn.Module, batches: Sequence[Inputs], decomposition: Decompositions, progress: Progress) -> _Known:
+    """A block looked at and calibrated, on all but the batches that are held back to price errors on."""
+    whole = opened(block, batches[0])
+    layers = find_layers(whole.model, batches[0], closed=whole.closed)
+    choices, layers = assign(layers, decomposition)
+    channels = hidden_channels(whole.model, batches[0], layers, choices)
+    kept, held = parted(batches, HELD_SHARE, HELD_MOST)
+    known = calibrate(whole.model, with_metric(layers, choices, channels).found, kept, progress=progress)
+    return _Known(whole, layers, choices, channels, known, held)
+
+
+def _united(
+    curves: Sequence[Curve], widths: Sequence[Width], refused: Mapping[str, str], budget: Budget
+) -> list[Curve]:
+    left = [one for one in widths if channels_named(one.channels.name) not in refused]
+    found = united(curves, left, refused, budget)
+    if not found:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise ModelError(f"no layer of the block can be replaced: {reasons}")
+    return found
+
+
+def _plan(
+    curves: Sequence[Curve], choices: Sequence[int], layers: Layers, budget: Budget, cost: Cost, whole: Opened
+) -> Plan:
+    """The plan of a block with these candidates."""
+    pairs = [(curve, k) for curve, k in zip(curves, choices, strict=True) if len(curve) > 1]
+    plan = drawn_up(pairs, curves, layers, pose(curves, cost, budget), {})
+    return replace(plan, opened=within(whole.openings, [layer.name for layer in plan.changed]))
+
+
+def _layer_in(block: str, layer: LayerPlan) -> LayerPlan:
+    return replace(layer, name=f"{block}.{layer.name}", aliases=tuple(f"{block}.{alias}" for alias in layer.aliases))
+
+
+def _narrowing_in(block: str, one: Narrowing) -> Narrowing:
+    channels = one.channels
+    made, read = (
+        tuple(replace(port, layer=f"{block}.{port.layer}") for port in ports)
+        for ports in (channels.producers, channels.consumers)
+    )
+    between = tuple(f"{block}.{name}" for name in channels.between)
+    named = replace(channels, name=f"{block}.{channels.name}", producers=made, consumers=read, between=between)
+    return replace(one, channels=named)

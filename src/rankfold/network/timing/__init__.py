@@ -1,0 +1,1 @@
+"""Timing: what networks, layers and operations take on this machine, measured."""
