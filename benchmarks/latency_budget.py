@@ -17,24 +17,26 @@ from units import images, language, opened
 from rankfold import Budget, Study, study
 from rankfold.evaluation import accuracy, latency
 from rankfold.network.rehearsal import rehearsed
-from rankfold.planning import Found, Task, feasible_plan, placed, punctual_plan
+from rankfold.planning import Found, Task, feasible_plan, placed
 from rankfold.progress import silent
+from rankfold.punctual import punctual_plan
 from rankfold.sources.models import build_model
 
 CASES = tuple(
-    f"{network}:0.7:{batch}"
+    f"{network}:{batch}"
     for network in (
-        "resnet18:svd,interpolative",
-        "resnet50:svd,interpolative",
-        "mobilenet_v2:interpolative",
-        "cifar10_resnet20:svd,interpolative",
-        "smollm2:interpolative",
+        "resnet18:svd,interpolative:0.7",
+        "resnet50:svd,interpolative:0.7",
+        "mobilenet_v2:interpolative:0.7",
+        "cifar10_resnet20:svd,interpolative:0.85",
+        "smollm2:interpolative:0.7",
     )
     for batch in (1, 16)
 )
 FEW = 32
 """Images that layers are measured on where only times matter."""
 SECONDS = 6.0
+ROUNDS = 300
 
 
 def task(measured: Study, budget: Budget) -> Task:
@@ -51,7 +53,9 @@ def planned(measured: Study, budget: Budget) -> Found:
 
 def timed(measured: Study, found: Found) -> tuple[float, float]:
     """Milliseconds of the original and of what a plan makes of it."""
-    before, after = latency((measured.model, rehearsed(measured.model, found.plan)), measured.inputs, seconds=SECONDS)
+    before, after = latency(
+        (measured.model, rehearsed(measured.model, found.plan)), measured.inputs, rounds=ROUNDS, seconds=SECONDS
+    )
     return before, after
 
 
@@ -111,7 +115,7 @@ def scored(folder: Path, case: str, count: int) -> list[dict[str, Any]]:
         budget = Budget(latency=float(limit)) if unit == "latency" else _largest(measured, float(limit))
         result = measured.compress(budget, progress=silent)
         base, reached = accuracy(measured.model, data), accuracy(result.model, data)
-        before, after = latency((measured.model, result.model), measured.inputs, seconds=SECONDS)
+        before, after = latency((measured.model, result.model), measured.inputs, rounds=ROUNDS, seconds=SECONDS)
         records.append(
             record(
                 case=f"{case}:{unit}",

@@ -273,6 +273,18 @@ LATENCY = {
     "study_seconds": "seconds to measure",
 }
 """The columns of the records of limits on latency."""
+LARGE = {
+    "case": "model",
+    "params": "parameters",
+    "params_kept": "kept",
+    "tokens": "calibration tokens",
+    "seconds": "seconds",
+    "measuring": "measuring",
+    "fitting": "fitting and writing",
+    "peak_gb": "GB of memory",
+    "peak_with_mapped_gb": "with mapped files",
+}
+"""The columns of the records of models larger than memory."""
 WITHIN = {
     "model": "network",
     "batch": "batch",
@@ -348,14 +360,21 @@ def main() -> None:
         fill(ROOT / "docs" / "calibration.md", marker, body)
     if records := newest("architectures"):
         fill(ROOT / "docs" / "architectures.md", "architectures", f"\n{architectures(records)}\n\n{source(records)}")
+    _fill_sizes()
+    records = newest("published_against_exact")
+    fill(ROOT / "docs" / "search.md", "published", f"\n{against()}\n\n{source(records)}")
+    _fill_training()
+
+
+def _fill_sizes() -> None:
+    """The tables of limits on latency, and of models larger than memory."""
     records = gathered("latency_budget")
     for marker, columns, field in (("latency_budget", LATENCY, "first_off"), ("latency_accuracy", WITHIN, "lost")):
         part = [{**one, "turns": len(one.get("turns_ms", ()))} for one in records if field in one]
         if part:
             fill(ROOT / "docs" / "latency.md", marker, f"\n{rows_of(part, columns)}\n\n{source(part)}")
-    records = newest("published_against_exact")
-    fill(ROOT / "docs" / "search.md", "published", f"\n{against()}\n\n{source(records)}")
-    _fill_training()
+    if records := gathered("large"):
+        fill(ROOT / "docs" / "large.md", "large", f"\n{rows_of(records, LARGE)}\n\n{source(records)}")
 
 
 def architectures(records: list[dict[str, Any]]) -> str:

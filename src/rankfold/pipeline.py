@@ -28,8 +28,9 @@ from rankfold.network.rehearsal import verified
 from rankfold.network.surgery import apply_plan
 from rankfold.network.timing.context import timing_of
 from rankfold.plan import KNOWN_PLAN, Plan
-from rankfold.planning import Decompositions, Task, assign, measure, placed, punctual_plan, suited
+from rankfold.planning import Decompositions, Task, assign, measure, placed, suited
 from rankfold.progress import Progress, silent
+from rankfold.punctual import punctual_plan
 from rankfold.search import Search
 from rankfold.search.curves import Curve
 from rankfold.search.outline import outlines

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from rankfold.budget import LATENCY, UNITS, Budget, Cost
+from rankfold.budget import UNITS, Budget, Cost
 from rankfold.decompositions import DECOMPOSITIONS, Factors
 from rankfold.decompositions.metric import Moment
 from rankfold.errors import BudgetError, ModelError, UnknownNameError
@@ -17,8 +17,7 @@ from rankfold.network.finding import Layers, matches
 from rankfold.network.kinds import weight_of
 from rankfold.network.opening import Opened, within
 from rankfold.network.passes import Inputs
-from rankfold.network.rehearsal import rehearse, rehearsed
-from rankfold.network.timing.turns import latency
+from rankfold.network.rehearsal import rehearse
 from rankfold.plan import INTERPOLATIVE, LayerSpec, Plan, channels_named
 from rankfold.progress import Progress, silent
 from rankfold.search import Problem, Search, settle
@@ -109,62 +108,6 @@ def feasible_plan(
             cost = replace(rehearsal.cost, latency=plan.after.latency)
             return replace(found, plan=replace(plan, after=cost, settings={**plan.settings, **told}))
         refused.update(rehearsal.refused)
-
-
-def punctual_plan(
-    task: Task, layers: Layers, curves: Sequence[Curve], widths: Sequence[Width] = (), *, progress: Progress = silent
-) -> Found:
-    """As `feasible_plan`, and where latency is limited, one that was measured to keep the limit.
-
-    Times of layers do not add up to a network's quite. So what a plan makes is timed beside the original before
-    anything is fitted, and a plan is sought again for a limit that is off by as much, either way. The plan's settings
-    hold what was predicted and measured in every turn. Raises BudgetError where no plan was measured to keep the limit.
-    """
-    if LATENCY not in task.budget.given:
-        return feasible_plan(task, layers, curves, widths, progress=progress)
-    limit, asked = task.budget.limits(task.before)[LATENCY], task.budget
-    relative = asked.is_fraction(LATENCY)
-    turns: list[list[float]] = []
-    best: Found | None = None
-    for turn in range(TURNS):
-        try:
-            found = feasible_plan(replace(task, budget=asked), layers, curves, widths, progress=progress)
-        except BudgetError as error:
-            if not turns:
-                raise
-            late = error
-            break
-        progress("timing the plan", turn, TURNS)
-        before, after = latency((task.model, rehearsed(task.model, found.plan)), task.inputs, seconds=SECONDS)
-        measured = round(after / before * task.before.latency if relative else 1e6 * after)
-        turns.append([found.plan.after.latency / 1e6, measured / 1e6])
-        timed = replace(found, plan=replace(found.plan, after=replace(found.plan.after, latency=measured)))
-        if measured <= limit and (best is None or _loss(timed) < _loss(best)):
-            best = timed
-        if NEAR * limit <= measured <= limit or (measured <= limit and not found.plan.changed):
-            break
-        aimed = found.plan.after.latency * (1 + NEAR) / 2 * limit / max(measured, 1)
-        asked = replace(asked, latency=f"{max(round(aimed), 1)}ns")
-        late = BudgetError(f"no plan meets the budget latency={task.budget.latency}")
-    progress("timing the plan", TURNS, TURNS)
-    if best is None:
-        fastest = min(turn[1] for turn in turns) / (task.before.latency / 1e6)
-        raise BudgetError(f"{late}; the fastest that was measured takes {fastest:.3f} of the original's time")
-    told = {"budget": dict(task.budget.given), "latency_turns_ms": [[round(one, 4) for one in turn] for turn in turns]}
-    return replace(best, plan=replace(best.plan, settings={**best.plan.settings, **told}))
-
-
-TURNS = 4
-"""Plans that are sought and timed for a limit on the latency, at most."""
-SECONDS = 4.0
-"""How long a plan is timed, about."""
-NEAR = 0.97
-"""Part of the limit from which on a measured latency is near enough to it."""
-
-
-def _loss(found: Found) -> float:
-    """What a plan was chosen by."""
-    return float(found.plan.settings["objective"])
 
 
 def placed(search: str | Search, model: nn.Module) -> str | Search:

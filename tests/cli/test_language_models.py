@@ -126,3 +126,35 @@ def test_models_without_a_tokenizer_and_those_that_predict_no_next_token_are_ref
     )  # fmt: skip
     assert code == 2
     assert "needs a model with a tokenizer" in err
+
+
+def test_a_language_model_is_fine_tuned_on_text(llama: Path, tmp_path: Path, capsys, monkeypatch):
+    text = tmp_path / "pattern.txt"
+    text.write_text(" ".join(WORDS[k * k % 7] for k in range(2000)), encoding="utf-8")
+    out, tuned = tmp_path / "small", tmp_path / "tuned"
+    common = ("-d", "svd", "-b", "params=0.8", "--calibration", "none")
+    code, _, err = run(capsys, monkeypatch, "compress", f"hf:{llama}", *common, "--out", str(out), "--json")
+    assert (code, err) == (0, "")
+    options = ("--data", f"text:{text}", "--length", "20", "--epochs", "3", "--rate", "0.1", "--test", f"text:{text}")
+    code, told, err = run(
+        capsys, monkeypatch, "finetune", str(out), *options, "--logits", "0", "--out", str(tuned), "--json"
+    )
+    assert (code, err) == (0, "")
+    report = json.loads(told)
+    scores = report["held_out_perplexity"]
+    assert scores["fine-tuned"] < 0.5 * scores["compressed"]
+    assert report["epochs"][-1]["perplexity"] == pytest.approx(scores["fine-tuned"], rel=1e-4)
+    assert report["epochs"][-1]["top1"] is None
+    assert set(report["test_perplexity"]) == {"original", "compressed", "fine-tuned"}
+    page = (tuned / "report.html").read_text()
+    assert "Perplexity, held out" in page
+    assert "Perplexity on held-out data over the epochs" in page
+    code, told, _ = run(
+        capsys, monkeypatch, "evaluate", str(tuned), "--data", f"text:{text}", "--length", "20", "--json"
+    )
+    assert code == 0
+    assert json.loads(told)["compressed"]["perplexity"] == pytest.approx(
+        report["test_perplexity"]["fine-tuned"], rel=1e-3
+    )
+    code, _, err = run(capsys, monkeypatch, "finetune", str(out), "--data", "text:none.txt", "--out", str(tuned))
+    assert (code, "none.txt does not exist" in err) == (2, True)

@@ -176,6 +176,7 @@ def test_a_limit_on_the_latency_was_measured_to_hold(decomposition: str | list[s
     assert any(round(result.after.latency / 1e6, 4) == measured for _, measured in turns)
     assert result.plan.settings["timed"]["threads"] == torch.get_num_threads()
     assert result.plan.settings["budget"] == {"latency": 0.8}
+    assert Stopwatch.opened(CPU).known
     for layer in result.plan.layers:
         assert layer.after.latency <= layer.before.latency
         assert not layer.ranks or all(rank % 8 == 0 or rank < 32 for rank in layer.ranks)

@@ -163,7 +163,7 @@ def compress(
         check_target(target)
     source, example, shape = open_model(model, weights, input_shape, seed)
     example = as_timed_(source.model, example, batch=batch, channels_last=channels_last, threads=threads)
-    training = _training(finetune, test, source, shape, epochs=epochs, augment=augment, seed=seed)
+    training = _training(finetune, test, source, shape, length, epochs=epochs, augment=augment, seed=seed)
     finder = _search(search, objective, source, shape, data=data, samples=samples, checkpoint=checkpoint)
     with progress_bars(as_json) as progress:
         result = run_compression(
@@ -197,7 +197,9 @@ def compress(
         from rankfold.training.saved import fine_tune_saved
 
         with progress_bars(as_json) as progress:
-            found = fine_tune_saved(small, finetune, out, training=training, test=test, progress=progress)
+            found = fine_tune_saved(
+                small, finetune, out, training=training, test=test, length=length, progress=progress
+            )
         told, shown = {**told, "fine_tuning": found.as_dict()}, [*shown, tables.fine_tuning(found)]
     if as_json:
         print_json(told)
@@ -206,23 +208,21 @@ def compress(
 
 
 def _training(
-    finetune: str | None, test: str | None, source: Source, shape: tuple[int, ...] | None, **settings: Any
+    finetune: str | None, test: str | None, source: Source, shape: tuple[int, ...] | None, length: int, **settings: Any
 ) -> Training | None:
     """The settings of fine-tuning, if that is asked for; its data are looked at now, not after the compression."""
     if finetune is None:
         if test is not None:
             raise DataError("--test is for --finetune; score a model that is only compressed with evaluate")
         return None
-    from rankfold.files.original import one_input
-    from rankfold.sources.data import open_dataset
+    from rankfold.sources.text import is_text
     from rankfold.training import Training
-    from rankfold.training.saved import synthetic_count
+    from rankfold.training.saved import open_examples, synthetic_count
 
-    one = one_input(shape, finetune)
     for spec in (finetune if synthetic_count(finetune) is None else None, test):
         if spec is not None:
-            open_dataset(spec, one, source.normalised_by(one[0]))
-    return Training(**settings)
+            open_examples(spec, source, shape, length)
+    return Training(batch_size=BLOCKS_IN_BATCH if is_text(finetune) else Training.batch_size, **settings)
 
 
 def _calibration(

@@ -12,18 +12,26 @@ from rankfold.errors import TrainingError
 from rankfold.reports import tables
 from rankfold.reports.layout import show
 
+BLOCKS_IN_BATCH = 4
+"""Blocks of text per step, unless said otherwise."""
+
 
 def finetune(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that compress or finetune wrote.")],
     data: Annotated[
         str,
         typer.Option(
-            help="Training data: npz:PATH, imagefolder:DIR, module:factory, or synthetic:COUNT, made from the original."
+            help="Training data: npz:PATH, imagefolder:DIR, module:factory, text:FILE for language models, or "
+            "synthetic:COUNT, made from the original."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Directory for the result; OUT.training holds the checkpoint and the log.")],
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 30,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples per step, of all processes together.")] = 128,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Examples per step, of all processes together; default 128, or 4 blocks of text."),
+    ] = None,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a block of text.")] = 512,
     optimiser: Annotated[str, typer.Option(help="sgd or adamw.")] = "sgd",
     rate: Annotated[float, typer.Option(help="Learning rate after the warm-up; falls to zero along a cosine.")] = 0.003,
     weight_decay: Annotated[float, typer.Option(help="Weight decay of everything but biases and norms.")] = 5e-4,
@@ -59,6 +67,7 @@ def finetune(
 ) -> None:
     """Recover accuracy by training on data, taught by the original network."""
     from rankfold.reports.page import write_page
+    from rankfold.sources.text import is_text
     from rankfold.training import Losses, Training
     from rankfold.training.saved import fine_tune_saved
 
@@ -66,7 +75,7 @@ def finetune(
         raise TrainingError("--teacher and --teacher-weights go together; give both, or neither for the original")
     training = Training(
         epochs=epochs,
-        batch_size=batch_size,
+        batch_size=batch_size or (BLOCKS_IN_BATCH if is_text(data) else Training.batch_size),
         optimiser=optimiser,
         rate=rate,
         weight_decay=weight_decay,
@@ -92,6 +101,7 @@ def finetune(
             test=test,
             teacher=(teacher, teacher_weights) if teacher and teacher_weights else None,
             weights=weights,
+            length=length,
             resume=resume,
             progress=progress,
         )

@@ -205,25 +205,30 @@ def _lookup_stages(module: nn.Embedding, weights: Sequence[nn.Parameter]) -> lis
     return [narrow, TransposedLinear(first)]
 
 
+def stage_options(module: nn.Module, resized: str) -> dict[str, Any]:
+    """How a stage of a convolution moves: as the layer does along the axes in `resized`, by one along the others."""
+    kind, options = known_kind(module), dict[str, Any]()
+    for name, neutral in (("stride", 1), ("dilation", 1), ("padding", 0), ("output_padding", 0)):
+        given = getattr(module, name)
+        if name == "output_padding" and not (kind.transposed and resized):
+            continue
+        if isinstance(given, str):  # 'same' or 'valid' works axis by axis, and means nothing at size one
+            options[name] = given if resized else (neutral,) * kind.axes
+        else:
+            pairs = zip(shape_of(module).axes, given, strict=True)
+            options[name] = tuple(value if axis in resized else neutral for axis, value in pairs)
+    return options
+
+
 def _stage_module(module: nn.Module, stage: Stage, resized: str, weight: nn.Parameter, *, groups: int) -> nn.Module:
     """One stage: a Linear, or a convolution that strides and pads along the axes in `resized`."""
-    kind, shape = known_kind(module), shape_of(module)
+    kind = known_kind(module)
     transposed = kind.transposed and bool(resized)
     rows, columns = weight.shape[0], weight.shape[1]
     inputs, outputs = (rows, columns * groups) if transposed else (columns * groups, rows)
     options: dict[str, Any] = {"bias": False, "device": "meta", "dtype": weight.dtype}
     if kind.axes:
-        options["groups"] = groups
-        options["kernel_size"] = tuple(weight.shape[2:])
-        for name, neutral in (("stride", 1), ("dilation", 1), ("padding", 0), ("output_padding", 0)):
-            given = getattr(module, name)
-            if name == "output_padding" and not transposed:
-                continue
-            if isinstance(given, str):  # 'same' or 'valid' works axis by axis, and means nothing at size one
-                options[name] = given if resized else neutral
-            else:
-                pairs = zip(shape.axes, given, strict=True)
-                options[name] = tuple(value if axis in resized else neutral for axis, value in pairs)
+        options |= {"groups": groups, "kernel_size": tuple(weight.shape[2:]), **stage_options(module, resized)}
         if resized:
             options["padding_mode"] = module.padding_mode
     made = (cast(Any, kind.module) if transposed else kind.pointwise)(inputs, outputs, **options)

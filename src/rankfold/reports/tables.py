@@ -221,7 +221,8 @@ def language_comparison(report: LanguageComparison) -> RenderableType:
 def fine_tuning(found: FineTuning) -> RenderableType:
     """A fine-tuning as a table: a column for the original, the compressed and the fine-tuned network."""
     table = Listing("", ">original", ">compressed", ">fine-tuned")
-    for name, scores in (("held-out top-1 %", found.held_out), ("test top-1 %", found.test)):
+    measure = "top-1 %" if found.measure == "top1" else found.measure
+    for name, scores in ((f"held-out {measure}", found.held_out), (f"test {measure}", found.test)):
         if scores:
             table.add_row(name, *(f"{score:.2f}" for score in scores))
     for unit in UNITS:

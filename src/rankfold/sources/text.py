@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,34 @@ class Blocks:
     rows: Int64[Tensor, "blocks length"]
     tokens: int
     stride: int
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Blocks of tokens as labelled inputs, as `sources.data.Dataset` has images: labels are the next tokens."""
+
+    rows: Int64[Tensor, "blocks length"]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of a block."""
+        return tuple(self.rows.shape[1:])
+
+    @property
+    def black(self) -> Tensor:
+        """What a black pixel is: there is none."""
+        return torch.zeros(1)
+
+    def take(self, places: Sequence[int]) -> TextData:
+        """The blocks at these places."""
+        return TextData(self.rows[list(places)])
+
+    def batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Tokens (n, length), twice: what is read, and what is to be predicted."""
+        return self.rows[start:stop], self.rows[start:stop]
 
 
 def is_text(spec: str) -> bool:

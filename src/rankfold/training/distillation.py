@@ -95,9 +95,7 @@ class Distillation:
             with torch.no_grad(), self._outputs(cast(nn.Module, self.teacher)) as theirs:
                 taught = cast(nn.Module, self.teacher)(x)
         if losses.task:
-            criterion = losses.criterion
-            loss = criterion(output, y) if criterion else functional.cross_entropy(output_of(output).float(), y)
-            terms["task"] = losses.task * loss
+            terms["task"] = losses.task * (losses.criterion or _cross_entropy)(output, y)
         if losses.logits:
             terms["logits"] = losses.logits * softened(output_of(output), output_of(taught), losses.temperature)
         if losses.weights:
@@ -135,3 +133,11 @@ class Distillation:
             for layer in (self.layers if self.losses.outputs else ())
         ):
             yield seen
+
+
+def _cross_entropy(output: Any, y: Tensor) -> Tensor:
+    """Of classes; of the next token, where outputs are distributions for as many tokens as there are labels."""
+    logits = output_of(output).float()
+    if logits.ndim == 3 and logits.shape[:2] == y.shape:
+        return functional.cross_entropy(logits[:, :-1].flatten(0, 1), y[:, 1:].flatten())
+    return functional.cross_entropy(logits, y)

@@ -13,17 +13,18 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from rankfold.errors import TrainingError
-from rankfold.evaluation import accuracy
+from rankfold.evaluation import accuracy, perplexity
 from rankfold.network.copies import duplicate
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
 from rankfold.sources.data import Dataset
+from rankfold.sources.text import TextData
 from rankfold.training import checkpoints
 from rankfold.training.augment import augmentation
 from rankfold.training.checkpoints import Checkpoint
@@ -33,14 +34,20 @@ from rankfold.training.preparation import accelerator, faster, geometry_of, opti
 from rankfold.training.settings import Training, rate_at
 from rankfold.training.synchronised import synchronise_norms_
 
+Examples = Dataset | TextData
+"""What a network is trained on: labelled inputs, or blocks of a text, whose labels are the next tokens."""
+
 
 @dataclass(frozen=True)
 class Epoch:
-    """An epoch in numbers: its mean loss, and the share of right answers on held-out examples, in percent."""
+    """An epoch in numbers: its mean loss, and on held-out examples the share of right answers, in percent, or of text
+    the perplexity.
+    """
 
     loss: float
     top1: float | None
     seconds: float
+    perplexity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -69,14 +76,14 @@ class _State:
 
 def fine_tune(
     student: nn.Module,
-    data: Dataset,
+    data: Examples,
     *,
     teacher: nn.Module | None = None,
     plan: Plan | None = None,
     original: nn.Module | None = None,
     training: Training | None = None,
     losses: Losses | None = None,
-    held_out: Dataset | None = None,
+    held_out: Examples | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
     log: Path | None = None,
@@ -116,12 +123,15 @@ def fine_tune(
     return Trained(run.result(), tuple(run.state.epochs), run.precision, began, run.main)
 
 
-def split(data: Dataset, held_out: int, seed: int = 0) -> tuple[Dataset, Dataset]:
+Part = TypeVar("Part", bound=Examples)
+
+
+def split(data: Part, held_out: int, seed: int = 0) -> tuple[Part, Part]:
     """The data without `held_out` random examples, and those; raises TrainingError where too few would be left."""
     if not 0 < held_out < len(data):
         raise TrainingError(f"{held_out} of {len(data)} examples cannot be held out; take fewer, but at least one")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
-    return data.take(sorted(order[held_out:])), data.take(sorted(order[:held_out]))
+    return cast(Part, data.take(sorted(order[held_out:]))), cast(Part, data.take(sorted(order[:held_out])))
 
 
 class _Run:
@@ -130,7 +140,7 @@ class _Run:
     def __init__(
         self,
         student: nn.Module,
-        data: Dataset,
+        data: Examples,
         teacher: nn.Module | None,
         plan: Plan | None,
         original: nn.Module | None,
@@ -148,6 +158,8 @@ class _Run:
                 f"batches of {training.batch_size} do not divide among {self.world} processes, or exceed the "
                 f"{len(data)} examples; change the batch size"
             )
+        if isinstance(data, TextData) and training.augment != "none":
+            raise TrainingError(f"augment {training.augment!r} is for images, not for text; leave it out")
         self.layout = torch.channels_last if training.channels_last and len(data.input_shape) == 3 else None
         self.dtype = next(p.dtype for p in student.parameters() if p.is_floating_point())
         self.student = self._placed(student).train()
@@ -173,7 +185,7 @@ class _Run:
         """Whether this is the process that writes and reports."""
         return self.rank == 0
 
-    def train(self, held_out: Dataset | None, checkpoint: Path | None, log: Log, progress: Progress) -> None:
+    def train(self, held_out: Examples | None, checkpoint: Path | None, log: Log, progress: Progress) -> None:
         """All steps that are left."""
         total, saved = self.steps * self.training.epochs, time.monotonic()
         ordered, order = -1, torch.empty(0)
@@ -193,7 +205,7 @@ class _Run:
             self.state.seconds += taken
             speed = self.training.batch_size / taken
             log.line(self.state.step, epoch + 1, rate, speed, {"loss": loss, **terms})
-            note = f"epoch {epoch + 1}, loss {loss:.4g}, rate {rate:.2g}, {speed:,.0f} images/s"
+            note = f"epoch {epoch + 1}, loss {loss:.4g}, rate {rate:.2g}, {speed:,.3g} examples/s"
             progress("fine-tuning", self.state.step, total, note)
             if done:
                 self._close_epoch(held_out)
@@ -237,8 +249,9 @@ class _Run:
     def _batch(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """This process's share of a batch, augmented as the whole batch is."""
         x, y = self.data.take(chosen.tolist()).batch(0, len(chosen))
-        generator = torch.Generator().manual_seed(_seed(self.training.seed, 1, self.state.step))
-        x = self.augment(x, self.black, generator).to(self.dtype)
+        if x.is_floating_point():
+            generator = torch.Generator().manual_seed(_seed(self.training.seed, 1, self.state.step))
+            x = self.augment(x, self.black, generator).to(self.dtype)
         x, y = (one.chunk(self.world)[self.rank].to(self.device) for one in (x, y))
         x = x.contiguous(memory_format=self.layout) if self.layout is not None else x
         return x, y
@@ -288,11 +301,12 @@ class _Run:
         elif clip:
             self.accelerator.clip_grad_norm_(self.student.parameters(), clip)
 
-    def _close_epoch(self, held_out: Dataset | None) -> None:
+    def _close_epoch(self, held_out: Examples | None) -> None:
         """Adds the epoch that is over to the history, scored on what was held out."""
         state = self.state
-        top1 = accuracy(self.result(), held_out).top1 if held_out and self.main else None
-        state.epochs.append(Epoch(state.loss_sum / self.steps, top1, round(state.seconds, 2)))
+        score = score_of(self.result(), held_out) if held_out is not None and self.main else None
+        top1, other = (None, score) if isinstance(held_out, TextData) else (score, None)
+        state.epochs.append(Epoch(state.loss_sum / self.steps, top1, round(state.seconds, 2), other))
         state.loss_sum = state.seconds = 0.0
 
     def _save(self, path: Path) -> None:
@@ -316,6 +330,13 @@ class _Run:
         losses = {name: value for name, value in asdict(self.distillation.losses).items() if name != "criterion"}
         factors = [[*one.weights[0].shape] for one in self.geometry.layers] if self.geometry else []
         return {**asdict(self.training), "losses": losses, "examples": len(self.data), "factors": factors}
+
+
+def score_of(model: nn.Module, data: Examples, *, progress: Progress = silent, what: str = "scoring") -> float:
+    """Top-1 in percent on labelled inputs; of text the perplexity."""
+    if isinstance(data, TextData):
+        return perplexity(model, data.rows, progress=progress, what=what).value
+    return accuracy(model, data, progress=progress, what=what).top1
 
 
 def _seed(seed: int, stream: int, count: int) -> int:

@@ -16,7 +16,7 @@ from rankfold.calibration.synthetic import synthetic_inputs
 from rankfold.decompositions import relative_error, wiring_of
 from rankfold.decompositions.metric import IDENTITY
 from rankfold.errors import DataError
-from rankfold.evaluation import accuracy, latency
+from rankfold.evaluation import latency
 from rankfold.files.artifact import check_target, digest, load, load_plan, save
 from rankfold.files.original import load_original_, one_input, rebuild
 from rankfold.network.kinds import shape_of, stage_factors, weight_of
@@ -27,7 +27,9 @@ from rankfold.plan import LayerPlan, Plan
 from rankfold.progress import Progress, silent
 from rankfold.sources.data import Dataset, Normalisation, open_dataset
 from rankfold.sources.models import Source, build_model, load_weights_
+from rankfold.sources.text import TextData, is_text, open_text
 from rankfold.training import Epoch, Losses, Training, fine_tune, split
+from rankfold.training.loop import Examples, score_of
 
 SYNTHETIC = "synthetic:"
 STAGES = ("original", "compressed", "fine-tuned")
@@ -36,6 +38,8 @@ STAGES = ("original", "compressed", "fine-tuned")
 @dataclass(frozen=True)
 class FineTuning:
     """What became of a model: top-1 in percent on held-out training data, and on test data where they were given.
+
+    Of text it is the perplexity, as `measure` says.
 
     Accuracies and latencies (median milliseconds of a batch of one, in turns) are those of `STAGES`, in this order;
     accuracies are empty where there are no labels. `main` is false in processes that only help.
@@ -50,12 +54,13 @@ class FineTuning:
     seconds: float
     out: Path
     main: bool = True
+    measure: str = "top1"
 
     def as_dict(self) -> dict[str, Any]:
         """The outcome in JSON's types."""
         return {
-            "held_out_top1": dict(zip(STAGES, self.held_out, strict=False)),
-            "test_top1": dict(zip(STAGES, self.test, strict=False)),
+            f"held_out_{self.measure}": dict(zip(STAGES, self.held_out, strict=False)),
+            f"test_{self.measure}": dict(zip(STAGES, self.test, strict=False)),
             "latency_ms": dict(zip(STAGES, self.latencies_ms, strict=True)),
             "before": self.plan.before.as_dict(),
             "after": self.plan.after.as_dict(),
@@ -79,12 +84,14 @@ def fine_tune_saved(
     test: str | None = None,
     teacher: tuple[str, str | Path] | None = None,
     weights: str | Path | None = None,
+    length: int = 512,
     resume: bool = False,
     progress: Progress = silent,
 ) -> FineTuning:
     """Fine-tunes the model saved in `directory` on `data` and saves it to `out`; the original is its teacher.
 
-    `data` is what `open_dataset` takes, or "synthetic:COUNT" for inputs made from the original, which have no labels.
+    `data` is what `open_dataset` takes, "synthetic:COUNT" for inputs made from the original, which have no labels, or
+    "text:FILE" for a language model: blocks of `length` tokens, whose next tokens are the labels.
     `held_out` examples of the data, a tenth but at most 5,000 by default, are kept for scores after every epoch and
     never trained on; `test` is read once, at the end. `teacher` is another teacher, a MODEL and the file of its
     weights. Beside `out` stands the folder OUT.training with the checkpoint, from which `resume` goes on, and log.csv.
@@ -95,17 +102,17 @@ def fine_tune_saved(
     check_target(target)
     start = time.perf_counter()
     plan = load_plan(directory)
-    source, several = rebuild(plan, directory)
-    shape = one_input(several, data)
+    source, shape = rebuild(plan, directory)
     student = load(directory, source.model)
     load_original_(source.model, plan, weights)
-    normalised = source.normalised_by(shape[0])
     made = synthetic_count(data)
     if made is not None:
-        everything, labels = _synthetic(made, source.model, shape, training.seed, progress), False
+        one = one_input(shape, data)
+        everything: Examples
+        everything, labels = _synthetic(made, source.model, one, training.seed, progress), False
     else:
-        everything = open_dataset(data, shape, normalised)
-    tested = open_dataset(test, shape, normalised) if test else None
+        everything = open_examples(data, source, shape, length)
+    tested = open_examples(test, source, shape, length) if test else None
     if not labels:
         trained_on, chosen, losses = everything, None, replace(losses, task=0.0)
     else:
@@ -142,20 +149,37 @@ def fine_tune_saved(
     measured = tuple(_measured(layer, dense, trained.model, plan) for layer in plan.layers)
     plan = replace(plan, settings=settings, layers=measured)
     held, final = (
-        tuple(accuracy(model, part, progress=progress, what=f"scoring on {what}").top1 for model in models)
+        tuple(score_of(model, part, progress=progress, what=f"scoring on {what}") for model in models)
         if part is not None and trained.main
         else ()
         for part, what in ((chosen, "held-out data"), (tested, "test data"))
     )
     times = _latencies(source, shape, models) if trained.main else (0.0,) * len(models)
     found = FineTuning(
-        plan, held, final, times, trained.epochs, trained.precision, time.perf_counter() - start, target, trained.main
+        plan,
+        held,
+        final,
+        times,
+        trained.epochs,
+        trained.precision,
+        time.perf_counter() - start,
+        target,
+        trained.main,
+        "perplexity" if isinstance(everything, TextData) else "top1",
     )
     if trained.main:
         result = Result(trained.model, plan, found.seconds)
         origin = {name: value for name, value in plan.source.items() if name != "files"}
         save(result, target, source=origin, metrics={"fine_tuning": found.as_dict()})
     return found
+
+
+def open_examples(spec: str, source: Source, shape: tuple[int, ...] | None, length: int) -> Examples:
+    """The labelled inputs that a specification names, or the blocks of a text, for a network."""
+    if is_text(spec):
+        return TextData(open_text(spec, source.tokenize, length).rows)
+    one = one_input(shape, spec)
+    return open_dataset(spec, one, source.normalised_by(one[0]))
 
 
 def synthetic_count(data: str) -> int | None:
@@ -195,7 +219,7 @@ def _measured(layer: LayerPlan, original: nn.Module, student: nn.Module, plan: P
     return replace(layer, error=relative_error(weight_of(module).double(), wiring, exact))
 
 
-def _latencies(source: Source, shape: tuple[int, ...], models: Sequence[nn.Module]) -> tuple[float, ...]:
+def _latencies(source: Source, shape: tuple[int, ...] | None, models: Sequence[nn.Module]) -> tuple[float, ...]:
     dtype = next(p.dtype for p in models[-1].parameters() if p.is_floating_point())
     source.model.to(dtype)
-    return latency(models, source.example(shape))
+    return latency(models, source.example_inputs() if shape is None else source.example(shape))

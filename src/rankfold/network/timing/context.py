@@ -30,8 +30,8 @@ from rankfold.progress import Progress, silent
 
 SECONDS = 4.0
 """How long a network is watched, about."""
-PASSES = (3, 30)
-"""Passes that are watched, at least and at most."""
+PASSES = (3, 30, 300)
+"""Passes that are watched, at least and at most, and those that are only timed."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def timed(
     device = next((one.device for one in (*model.parameters(), *given)), torch.device("cpu"))
     watch = Stopwatch.opened(device)
     progress("timing the network", 0, len(layers))
-    (whole,) = latency([original], inputs, seconds=SECONDS)
+    (whole,) = latency([original], inputs, rounds=PASSES[2], seconds=SECONDS)
     taken = _watched(model, inputs, device, whole)
     found, untimed = [], {}
     for done, layer in enumerate(layers):

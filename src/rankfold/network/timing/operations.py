@@ -101,7 +101,7 @@ class Stopwatch:
         return cls(device, file, _read(file))
 
     def of(self, operation: Operation) -> float:
-        """The median time of an operation; an out-of-memory error or one that PyTorch refuses takes for ever."""
+        """The median time of an operation."""
         key = json.dumps(asdict(operation), separators=(",", ":"))
         if key not in self.known:
             self.known[key] = _timed(operation, self.device)

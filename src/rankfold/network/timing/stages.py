@@ -10,7 +10,7 @@ import bisect
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -18,8 +18,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from rankfold.decompositions.wiring import Call, LayerShape, Wiring, product
-from rankfold.network.kinds import known_kind
+from rankfold.network.kinds import known_kind, stage_options
 from rankfold.network.timing.operations import Operation, Stopwatch
+from rankfold.plan import LayerSpec
 
 LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 72, 104, 152, 216, 304, 432, 616, 872, 1232, 1744, 2464, 3488, 4928)
 """Channel counts at which operations are timed.
@@ -131,15 +132,7 @@ class LayerTimes:
         if kind.axes:
             own = zip(shape.axes, shape.kernel, strict=True)
             options["kernel"] = tuple(size if axis in taps else 1 for axis, size in own)
-            for name, neutral in (("stride", 1), ("dilation", 1), ("padding", 0), ("output_padding", 0)):
-                given = getattr(module, name)
-                if name == "output_padding" and not transposed:
-                    continue
-                if isinstance(given, str):
-                    options[name] = given if resized else (neutral,) * kind.axes
-                else:
-                    pairs = zip(shape.axes, given, strict=True)
-                    options[name] = tuple(value if axis in resized else neutral for axis, value in pairs)
+            options |= stage_options(module, resized)
         named = kind.name if transposed else kind.pointwise.__name__
         last = self.channels_last and kind.axes == 2
         return Geometry(named, call.batch, at, tuple(sorted(options.items())), dtype, last)
@@ -175,3 +168,9 @@ def _between(count: int, whole: int) -> list[tuple[int, float]]:
         return [(count, 1.0)]
     share = (count - below) / (above - below)
     return [(below, 1.0 - share), (above, share)]
+
+
+def remember(layers: Iterable[LayerSpec]) -> None:
+    """Keeps for the next time what was measured of layers' operations."""
+    for watch in {id(one.times.watch): one.times.watch for one in layers if isinstance(one.times, LayerTimes)}.values():
+        watch.save()

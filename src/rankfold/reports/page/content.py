@@ -102,10 +102,12 @@ def _scores(metrics: Mapping[str, Any]) -> list[Figure]:
     """What is known of accuracy and latency."""
     tuned: Mapping[str, Any] = metrics.get("fine_tuning", {})
     found = []
-    for key, title in (("test_top1", "Top-1, test data"), ("held_out_top1", "Top-1, held out")):
-        scores: Mapping[str, float] = tuned.get(key) or {}
-        if scores:
-            found.append(Figure(title, f"{scores['original']:.2f} %", f"{scores['fine-tuned']:.2f} %"))
+    for measure, name, unit in (("top1", "Top-1", " %"), ("perplexity", "Perplexity", "")):
+        for part, title in (("test", "test data"), ("held_out", "held out")):
+            scores: Mapping[str, float] = tuned.get(f"{part}_{measure}") or {}
+            if scores:
+                was, now = (f"{scores[stage]:.2f}{unit}" for stage in ("original", "fine-tuned"))
+                found.append(Figure(f"{name}, {title}", was, now))
     times = tuned.get("latency_ms") or metrics.get("latency_ms")
     if times:
         was, now = times["original"], times.get("fine-tuned", times["compressed"])
@@ -239,11 +241,16 @@ def _training(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     places = range(1, len(epochs) + 1)
     losses = [(k, one["loss"]) for k, one in zip(places, epochs, strict=True)]
-    scores = [(k, one["top1"]) for k, one in zip(places, epochs, strict=True) if one.get("top1") is not None]
-    return {
+    drawn: dict[str, Any] = {
         "loss": lines("Loss over the epochs of fine-tuning", {"loss": losses}, "epoch", "loss"),
-        "top1": lines("Top-1 on held-out data over the epochs", {"top-1": scores}, "epoch", "top-1, %"),
+        "score": None,
     }
+    for measure, title in (("top1", "top-1, %"), ("perplexity", "perplexity")):
+        scores = [(k, one[measure]) for k, one in zip(places, epochs, strict=True) if one.get(measure) is not None]
+        if scores:
+            told = f"{title.partition(',')[0].capitalize()} on held-out data over the epochs"
+            drawn |= {"score": lines(told, {title.partition(",")[0]: scores}, "epoch", title), "told": told}
+    return drawn
 
 
 def _skipped(skipped: Mapping[str, str]) -> list[tuple[str, list[str]]]:

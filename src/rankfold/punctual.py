@@ -1,0 +1,80 @@
+"""Plans that keep a limit on the time: timed whole, and sought again where the sum of their layers' times was off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rankfold.budget import LATENCY
+from rankfold.errors import BudgetError
+from rankfold.network.finding import Layers
+from rankfold.network.rehearsal import rehearsed
+from rankfold.network.timing.stages import remember
+from rankfold.network.timing.turns import latency
+from rankfold.planning import Found, Task, feasible_plan
+from rankfold.progress import Progress, silent
+from rankfold.search.curves import Curve
+from rankfold.search.widths import Width
+
+TURNS = 4
+"""Plans that are sought and timed for a limit on the latency, at most."""
+SECONDS = 4.0
+"""How long a plan is timed, about."""
+MOST = 300
+"""Passes of it, at most: thirty of a few milliseconds each differ by some percent from the next thirty."""
+CAUTION = 0.0125
+"""Part of the limit that is left free in the first turn after one that missed it, in the second twice as much."""
+NEAR = 0.97
+"""Part of the limit from which on a measured latency is near enough to it."""
+
+
+def punctual_plan(
+    task: Task, layers: Layers, curves: Sequence[Curve], widths: Sequence[Width] = (), *, progress: Progress = silent
+) -> Found:
+    """As `feasible_plan`, and where latency is limited, one that was measured to keep the limit.
+
+    Times of layers do not add up to a network's quite. So what a plan makes is timed beside the original before
+    anything is fitted, and a plan is sought again for a limit that is off by as much, either way. The plan's settings
+    hold what was predicted and measured in every turn. Raises BudgetError where no plan was measured to keep the limit.
+    """
+    if LATENCY not in task.budget.given:
+        return feasible_plan(task, layers, curves, widths, progress=progress)
+    limit, asked = task.budget.limits(task.before)[LATENCY], task.budget
+    relative = asked.is_fraction(LATENCY)
+    turns: list[list[float]] = []
+    best: Found | None = None
+    for turn in range(TURNS):
+        try:
+            found = feasible_plan(replace(task, budget=asked), layers, curves, widths, progress=progress)
+        except BudgetError:
+            if not turns:
+                raise
+            break
+        progress("timing the plan", turn, TURNS)
+        before, after = latency(
+            (task.model, rehearsed(task.model, found.plan)), task.inputs, rounds=MOST, seconds=SECONDS
+        )
+        measured = round(after / before * task.before.latency if relative else 1e6 * after)
+        turns.append([found.plan.after.latency / 1e6, measured / 1e6])
+        timed = replace(found, plan=replace(found.plan, after=replace(found.plan.after, latency=measured)))
+        if measured <= limit and (best is None or _loss(timed) < _loss(best)):
+            best = timed
+        if NEAR * limit <= measured <= limit or (measured <= limit and not found.plan.changed):
+            break
+        aimed = found.plan.after.latency * limit / max(measured, 1) * (1 - CAUTION * (1 + turn))
+        asked = replace(asked, latency=f"{max(round(aimed), 1)}ns")
+    progress("timing the plan", TURNS, TURNS)
+    remember(layers.found)
+    if best is None:
+        fastest = min(turn[1] for turn in turns) / (task.before.latency / 1e6)
+        raise BudgetError(
+            f"no plan meets the budget latency={task.budget.latency}: the fastest that was measured takes "
+            f"{fastest:.3f} of the original's time; raise it, include more layers, or allow more decompositions"
+        )
+    told = {"budget": dict(task.budget.given), "latency_turns_ms": [[round(one, 4) for one in turn] for turn in turns]}
+    return replace(best, plan=replace(best.plan, settings={**best.plan.settings, **told}))
+
+
+def _loss(found: Found) -> float:
+    """What a plan was chosen by."""
+    return float(found.plan.settings["objective"])
