@@ -124,6 +124,8 @@ def scored(folder: Path, case: str, count: int) -> list[dict[str, Any]]:
                 batch=int(batch),
                 limit=float(limit),
                 budget=str(budget),
+                data="ImageNet validation",
+                calibration_images=count,
                 top1=round(reached.top1, 2),
                 lost=round(base.top1 - reached.top1, 2),
                 examples=reached.examples,

@@ -79,8 +79,8 @@ class Decomposition:
 
 
 def leading_basis(
-    matrix: Float64[Tensor, "*batch n m"], precise: bool
-) -> tuple[Float64[Tensor, "*batch k"], Float64[Tensor, "*batch n k"]]:
+    matrix: Float[Tensor, "*batch n m"], precise: bool
+) -> tuple[Float[Tensor, "*batch k"], Float[Tensor, "*batch n k"]]:
     """Energies (squared singular values, falling) and left singular vectors, k = min(n, m) of them.
 
     By the eigenvectors of the smaller Gram matrix: for 512×4608 a tenth of the time of an SVD. Squaring costs half the

@@ -19,7 +19,7 @@ from rankfold.decompositions.expansion import Expansion, Factors, Grid, leading_
 from rankfold.decompositions.metric import Moment
 from rankfold.decompositions.wiring import Wiring
 
-LARGEST_EXACT = 2048
+LARGEST_EXACT = 1024
 """Side up to which eigenvectors are taken in float64; beyond, in float32, whose errors are about 1e-6 of the whole."""
 
 
@@ -37,9 +37,11 @@ class WeightedExpansion(Expansion):
         outputs = weight.shape[1]
         columns = weight[0, 0].numel()
         if outputs > columns and moment.joint is not None:
-            values, vectors = torch.linalg.eigh(moment.joint.to(weight.device))
+            joint = moment.joint.to(weight.device)
+            joint = joint if columns <= LARGEST_EXACT else joint.float()
+            values, vectors = torch.linalg.eigh(joint)
             root = vectors * values.clamp_min(0).sqrt()[:, None]
-            energies, self._basis = leading_basis(weight.flatten(2).double() @ root, False)
+            energies, self._basis = leading_basis(weight.flatten(2).to(root) @ root, False)
         else:
             product = moment.outer(weight)
             product = product if outputs <= LARGEST_EXACT else product.float()
