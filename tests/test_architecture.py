@@ -14,7 +14,7 @@ SOURCE = Path(rankfold.__file__).parent
 def test_public_surface():
     assert sorted(rankfold.__all__) == [
         "Analysis", "ArtifactError", "Budget", "BudgetError", "Cost", "DataError", "LayerPlan", "ModelError", "Plan",
-        "PlanError", "RankfoldError", "Result", "SearchError", "Study", "TrainingError", "UnknownNameError", "analyze", "compress", "load", "load_plan", "plan_of", "save",
+        "PlanError", "RankfoldError", "Result", "SearchError", "Study", "TrainingError", "UnknownNameError", "analyze", "compress", "compress_files", "load", "load_plan", "plan_of", "save",
         "save_pretrained", "study",
     ]  # fmt: skip
     assert all(hasattr(rankfold, name) for name in rankfold.__all__)

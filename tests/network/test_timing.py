@@ -12,7 +12,7 @@ from cases import BATCHED, NAMES, Case  # type: ignore[import-not-found]
 from command_line import run  # type: ignore[import-not-found]
 from torch import nn
 
-from rankfold import Budget, BudgetError, compress
+from rankfold import Budget, BudgetError, compress, punctual
 from rankfold.budget import Cost
 from rankfold.decompositions import wiring_of
 from rankfold.network.channels import find_channels
@@ -20,6 +20,7 @@ from rankfold.network.factorised import Factorised
 from rankfold.network.finding import find_layers
 from rankfold.network.kinds import factorised, stage_weights
 from rankfold.network.layouts import empty_factors
+from rankfold.network.timing import context
 from rankfold.network.timing.context import timed
 from rankfold.network.timing.operations import Operation, Stopwatch
 from rankfold.network.timing.stages import LADDER, LayerTimes
@@ -29,8 +30,10 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_and_by_itself(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(context, "SECONDS", 0.4)
+    monkeypatch.setattr(punctual, "SECONDS", 0.6)
 
 
 class Images(nn.Module):
@@ -166,8 +169,8 @@ def test_lookups_have_no_times() -> None:
 
 @pytest.mark.parametrize("decomposition", ["svd", "interpolative", ["tucker", "interpolative"]])
 def test_a_limit_on_the_latency_was_measured_to_hold(decomposition: str | list[str]) -> None:
-    model, x = Images().eval(), torch.randn(4, 3, 48, 48)
-    batches = [torch.randn(32, 3, 24, 24) for _ in range(4)]
+    model, x = Images().eval(), torch.randn(4, 3, 32, 32)
+    batches = [torch.randn(32, 3, 16, 16) for _ in range(4)]
     result = compress(
         model, x, decomposition=decomposition, budget=Budget(latency=0.8), calibration=batches, sequential=False
     )

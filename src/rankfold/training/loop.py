@@ -13,29 +13,25 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from rankfold.errors import TrainingError
-from rankfold.evaluation import accuracy, perplexity
 from rankfold.network.copies import duplicate
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
-from rankfold.sources.data import Dataset
 from rankfold.sources.text import TextData
 from rankfold.training import checkpoints
 from rankfold.training.augment import augmentation
 from rankfold.training.checkpoints import Checkpoint
 from rankfold.training.distillation import Distillation, Losses
+from rankfold.training.examples import Examples, score_of
 from rankfold.training.log import Log
 from rankfold.training.preparation import accelerator, faster, geometry_of, optimiser, processes
 from rankfold.training.settings import Training, rate_at
 from rankfold.training.synchronised import synchronise_norms_
-
-Examples = Dataset | TextData
-"""What a network is trained on: labelled inputs, or blocks of a text, whose labels are the next tokens."""
 
 
 @dataclass(frozen=True)
@@ -121,17 +117,6 @@ def fine_tune(
         with Log(log if run.main else None, began) as lines:
             run.train(held_out, checkpoint if run.main else None, lines, progress)
     return Trained(run.result(), tuple(run.state.epochs), run.precision, began, run.main)
-
-
-Part = TypeVar("Part", bound=Examples)
-
-
-def split(data: Part, held_out: int, seed: int = 0) -> tuple[Part, Part]:
-    """The data without `held_out` random examples, and those; raises TrainingError where too few would be left."""
-    if not 0 < held_out < len(data):
-        raise TrainingError(f"{held_out} of {len(data)} examples cannot be held out; take fewer, but at least one")
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
-    return cast(Part, data.take(sorted(order[held_out:]))), cast(Part, data.take(sorted(order[:held_out])))
 
 
 class _Run:
@@ -330,13 +315,6 @@ class _Run:
         losses = {name: value for name, value in asdict(self.distillation.losses).items() if name != "criterion"}
         factors = [[*one.weights[0].shape] for one in self.geometry.layers] if self.geometry else []
         return {**asdict(self.training), "losses": losses, "examples": len(self.data), "factors": factors}
-
-
-def score_of(model: nn.Module, data: Examples, *, progress: Progress = silent, what: str = "scoring") -> float:
-    """Top-1 in percent on labelled inputs; of text the perplexity."""
-    if isinstance(data, TextData):
-        return perplexity(model, data.rows, progress=progress, what=what).value
-    return accuracy(model, data, progress=progress, what=what).top1
 
 
 def _seed(seed: int, stream: int, count: int) -> int:

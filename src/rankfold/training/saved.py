@@ -29,7 +29,7 @@ from rankfold.sources.data import Dataset, Normalisation, open_dataset
 from rankfold.sources.models import Source, build_model, load_weights_
 from rankfold.sources.text import TextData, is_text, open_text
 from rankfold.training import Epoch, Losses, Training, fine_tune, split
-from rankfold.training.loop import Examples, score_of
+from rankfold.training.examples import Examples, score_of
 
 SYNTHETIC = "synthetic:"
 STAGES = ("original", "compressed", "fine-tuned")
