@@ -1,6 +1,6 @@
 """A model larger than memory, from files to files: a random Llama in bfloat16, its time and the memory that it took.
 
-`--layers` and `--width` give the model; the default has 3.2 billion parameters. It is written to a folder of the
+`--layers` and `--width` give the model; 48 layers have 3.2 billion parameters. It is written to a folder of the
 system's for temporary files first, a block at a time, and compressed in a process of its own, whose memory is watched.
 """
 
@@ -114,7 +114,7 @@ def watched(process: subprocess.Popen[str]) -> dict[str, float]:
 def main() -> None:
     """Writes a model, compresses it, loads nothing of it at once, and keeps the record."""
     made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    made.add_argument("--layers", type=int, default=48)
+    made.add_argument("--layers", type=int, default=16)
     made.add_argument("--width", type=int, default=2048)
     made.add_argument("--rows", type=int, default=16, help="calibration rows of 256 tokens")
     made.add_argument("--folder", type=Path, help="where the models are written; a temporary folder by default")
