@@ -178,9 +178,6 @@ def test_on_the_command_line(
 ) -> None:
     saved(tmp_path / "whole", CONFIGS["llama"]())
     paths = (str(tmp_path / "whole"), "--out", str(tmp_path / "small"))
-    code, told, _ = run(capsys, monkeypatch, "compress-files", *paths, "--budget", "params=0.8", "--json")
-    assert code == 0
-    assert json.loads(told)["after"]["params"] == sum(one.numel() for one in loaded(tmp_path / "small").parameters())
     code, told, _ = run(capsys, monkeypatch, "compress-files", *paths, "--budget", "params=0.9")
     assert code == 0
     assert "import rankfold" in told

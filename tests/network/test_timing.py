@@ -167,7 +167,7 @@ def test_lookups_have_no_times() -> None:
     assert "Embedding" in found.untimed["0"]
 
 
-@pytest.mark.parametrize("decomposition", ["svd", "interpolative", ["tucker", "interpolative"]])
+@pytest.mark.parametrize("decomposition", ["svd", ["svd", "interpolative"]])
 def test_a_limit_on_the_latency_was_measured_to_hold(decomposition: str | list[str]) -> None:
     model, x = Images().eval(), torch.randn(4, 3, 32, 32)
     batches = [torch.randn(32, 3, 16, 16) for _ in range(4)]
@@ -198,7 +198,7 @@ def test_a_limit_that_no_plan_keeps_names_the_fastest() -> None:
 def test_latency_and_macs_can_be_limited_together() -> None:
     model, x = Images().eval(), torch.randn(2, 3, 32, 32)
     budget = Budget(latency=0.9, macs=0.5, params=0.9)
-    result = compress(model, x, decomposition="tucker", budget=budget, calibration="none")
+    result = compress(model, x, decomposition="svd", budget=budget, calibration="none")
     assert result.after.macs <= 0.5 * result.before.macs
     assert result.after.latency <= 0.9 * result.before.latency
 
