@@ -16,26 +16,22 @@ import numpy as np
 from torch import nn
 
 from rankfold.budget import Budget, Cost
-from rankfold.calibration.asked import HELD_MOST, HELD_SHARE
-from rankfold.calibration.moments import Calibration, calibrate
-from rankfold.decompositions.metric import Moment
-from rankfold.errors import ModelError
+from rankfold.calibration.asked import calibrated
+from rankfold.calibration.moments import Calibration
 from rankfold.memory import trim
-from rankfold.network.channels import Channels
 from rankfold.network.costs import cost_of
 from rankfold.network.finding import Layers, find_layers
 from rankfold.network.opening import Opened, opened, within
-from rankfold.network.passes import Inputs, parted
+from rankfold.network.passes import Inputs
 from rankfold.network.rehearsal import rehearse
 from rankfold.network.surgery import apply_plan
 from rankfold.plan import LayerPlan, Narrowing, Plan, channels_named
-from rankfold.planning import Decompositions, assign, drawn_up, measure, pose
+from rankfold.planning import Decompositions, assign, drawn_up, irreplaceable, measure, outcome, pose
 from rankfold.progress import Progress, silent
 from rankfold.search import search as known_search
 from rankfold.search import settle
 from rankfold.search.curves import Curve, subset
 from rankfold.search.prices import priced
-from rankfold.search.widths import Width
 from rankfold.units import about_means, hidden_channels, measure_widths, united, with_metric
 
 PRICED = 2
@@ -54,17 +50,10 @@ class BlockCurves:
     openings: Mapping[str, Any]
     cost: Cost
 
-
-@dataclass(frozen=True)
-class _Known:
-    """A block looked at: opened, its layers and channels, and the moments of what goes into them."""
-
-    whole: Opened
-    layers: Layers
-    choices: Mapping[str, Sequence[str]]
-    channels: Channels
-    calibration: Calibration
-    held: Sequence[Inputs]
+    def plan(self, pairs: Sequence[tuple[Curve, int]], budget: Budget) -> Plan:
+        """The plan of the block with the chosen candidates of the curves that have a choice."""
+        plan = drawn_up(pairs, self.curves, self.layers, pose(self.curves, self.cost, budget), {})
+        return replace(plan, opened=within(self.openings, [layer.name for layer in plan.changed]))
 
 
 def measure_block(
@@ -80,28 +69,33 @@ def measure_block(
 
     What a rehearsal of the smallest plan shows not to be replaceable stays as it is.
     """
-    known = _known(block, batches, decomposition, progress)
-    model, moments = known.whole.model, known.calibration.moments
-    judged = (known.held or list(known.calibration.inputs))[:PRICED]
-    ordering, _ = about_means(model, batches[0], moments, known.channels.found, in_order=False)
-    widths, layers = measure_widths(model, known.layers, known.channels, align=align, moments=ordering)
+    whole, layers, choices = _seen(block, batches, decomposition)
+    model, sets = whole.model, hidden_channels(whole.model, batches[0], layers, choices)
+    known = _calibrated(model, with_metric(layers, choices, sets), batches, progress)
+    moments, judged = known.moments, (known.held or list(known.inputs))[:PRICED]
+    ordering, _ = about_means(model, batches[0], moments, sets.found, in_order=False)
+    widths, layers = measure_widths(model, layers, sets, align=align, moments=ordering)
     curves: list[Curve] = []
     for layer in layers.found:
         own = Layers((layer,), {})
-        measured = measure(model, own, known.choices, units=budget.units, moments=moments, align=align)
+        measured = measure(model, own, choices, units=budget.units, moments=moments, align=align)
         measured, _ = priced(model, measured, (), moments, judged, classes=False)
         curves += [replace(one, weight=None, moments={}, exact=None) for one in measured]
         trim()
-    whole = [subset(one, np.array([0])) for one in curves]
-    _, widths = priced(model, whole, widths, moments, judged, classes=False)
+    dense = [subset(one, np.array([0])) for one in curves]
+    _, widths = priced(model, dense, widths, moments, judged, classes=False)
     refused: dict[str, str] = {}
     cost = cost_of(block, batches[0])
     while True:
-        left = _united(curves, widths, refused, budget)
-        smallest = _plan(left, [len(curve) - 1 for curve in left], layers, budget, cost, known.whole)
+        sound = [one for one in widths if channels_named(one.channels.name) not in refused]
+        left = united(curves, sound, refused, budget)
+        if not left:
+            raise irreplaceable(refused)
+        found = BlockCurves(tuple(left), layers.without(refused), whole.openings, cost)
+        smallest = found.plan([(curve, len(curve) - 1) for curve in left if len(curve) > 1], budget)
         told = rehearse(block, smallest, batches[0]).refused
         if not told:
-            return BlockCurves(tuple(left), layers.without(refused), known.whole.openings, cost)
+            return found
         refused |= told
 
 
@@ -118,21 +112,11 @@ def plan_blocks(
     selection = settle(problem, known_search("exact"), progress)
     progress("searching ranks", 1, 1)
     chosen = iter(zip(selection.curves or problem.curves, selection.choices, strict=True))
-    found = {}
-    for name, block in blocks.items():
-        pairs = [next(chosen) for curve in block.curves if len(curve) > 1]
-        own = pose(block.curves, block.cost, budget)
-        plan = drawn_up(pairs, block.curves, block.layers, own, {})
-        found[name] = replace(plan, opened=within(block.openings, [layer.name for layer in plan.changed]))
-    settings = {
-        "search": "exact, block by block",
-        "budget": dict(budget.given),
-        "minimised": problem.minimise,
-        "objective": selection.objective,
-        "bound": selection.bound,
-        "priced": True,
+    found = {
+        name: block.plan([next(chosen) for curve in block.curves if len(curve) > 1], budget)
+        for name, block in blocks.items()
     }
-    return found, settings
+    return found, {"search": "exact, block by block", **outcome(problem, selection, budget), "priced": True}
 
 
 def fit_block(
@@ -146,13 +130,12 @@ def fit_block(
     """What a plan makes of a block, fitted by the inputs that reach it, and the plan with the errors reached."""
     if not plan.changed:
         return block, plan
-    known = _known(block, batches, decomposition, progress)
-    moments: Mapping[str, Moment] = known.calibration.moments
-    _, rebuilding = about_means(
-        known.whole.model, batches[0], moments, [one.channels for one in plan.narrowings], in_order=False
-    )
-    student, reached = apply_plan(block, plan, moments=moments, rebuilding=rebuilding, progress=progress)
-    told = known.calibration.approximate
+    whole, layers, _ = _seen(block, batches, decomposition)
+    known = _calibrated(whole.model, layers, batches, progress)
+    sets = [one.channels for one in plan.narrowings]
+    _, rebuilding = about_means(whole.model, batches[0], known.moments, sets, in_order=False)
+    student, reached = apply_plan(block, plan, moments=known.moments, rebuilding=rebuilding, progress=progress)
+    told = known.approximate
     return student, replace(reached, settings={"approximate_moments": dict(told)} if told else {})
 
 
@@ -175,35 +158,18 @@ def whole_plan(plans: Mapping[str, Plan], before: Cost, settings: Mapping[str, A
     )
 
 
-def _known(block: nn.Module, batches: Sequence[Inputs], decomposition: Decompositions, progress: Progress) -> _Known:
-    """A block looked at and calibrated, on all but the batches that are held back to price errors on."""
+def _seen(
+    block: nn.Module, batches: Sequence[Inputs], decomposition: Decompositions
+) -> tuple[Opened, Layers, Mapping[str, Sequence[str]]]:
+    """A block opened, its layers, and what each of them may become."""
     whole = opened(block, batches[0])
-    layers = find_layers(whole.model, batches[0], closed=whole.closed)
-    choices, layers = assign(layers, decomposition)
-    channels = hidden_channels(whole.model, batches[0], layers, choices)
-    kept, held = parted(batches, HELD_SHARE, HELD_MOST)
-    known = calibrate(whole.model, with_metric(layers, choices, channels).found, kept, progress=progress)
-    return _Known(whole, layers, choices, channels, known, held)
+    choices, layers = assign(find_layers(whole.model, batches[0], closed=whole.closed), decomposition)
+    return whole, layers, choices
 
 
-def _united(
-    curves: Sequence[Curve], widths: Sequence[Width], refused: Mapping[str, str], budget: Budget
-) -> list[Curve]:
-    left = [one for one in widths if channels_named(one.channels.name) not in refused]
-    found = united(curves, left, refused, budget)
-    if not found:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-        raise ModelError(f"no layer of the block can be replaced: {reasons}")
-    return found
-
-
-def _plan(
-    curves: Sequence[Curve], choices: Sequence[int], layers: Layers, budget: Budget, cost: Cost, whole: Opened
-) -> Plan:
-    """The plan of a block with these candidates."""
-    pairs = [(curve, k) for curve, k in zip(curves, choices, strict=True) if len(curve) > 1]
-    plan = drawn_up(pairs, curves, layers, pose(curves, cost, budget), {})
-    return replace(plan, opened=within(whole.openings, [layer.name for layer in plan.changed]))
+def _calibrated(model: nn.Module, layers: Layers, batches: Sequence[Inputs], progress: Progress) -> Calibration:
+    """The moments of some layers, on all but the batches that are held back to price errors on."""
+    return calibrated(model, layers, batches[0], batches, samples=None, of_weights=False, progress=progress)
 
 
 def _layer_in(block: str, layer: LayerPlan) -> LayerPlan:

@@ -28,7 +28,7 @@ from rankfold.network.rehearsal import verified
 from rankfold.network.surgery import apply_plan
 from rankfold.network.timing.context import timing_of
 from rankfold.plan import KNOWN_PLAN, Plan
-from rankfold.planning import Decompositions, Task, assign, measure, placed, suited
+from rankfold.planning import Decompositions, Task, as_json, assign, measure, placed, suited
 from rankfold.progress import Progress, silent
 from rankfold.punctual import punctual_plan
 from rankfold.search import Search
@@ -307,7 +307,7 @@ def study(
             **timing,
             **({"memory": allowed} if memory is not None or allowed < PLENTY else {}),
             "priced": any(one.price.errors for one in curves),
-            "decomposition": _as_json(decomposition),
+            "decomposition": as_json(decomposition),
         }
         return Study(
             model,
@@ -332,10 +332,3 @@ def study(
 
 def _limits_error(budget: Budget) -> bool:
     return math.isfinite(budget.largest_error)
-
-
-def _as_json(decomposition: Decompositions) -> str | list[str] | dict[str, str | list[str]]:
-    """A user's choice of decompositions in JSON's types."""
-    if isinstance(decomposition, Mapping):
-        return {pattern: given if isinstance(given, str) else list(given) for pattern, given in decomposition.items()}
-    return decomposition if isinstance(decomposition, str) else list(decomposition)

@@ -20,7 +20,7 @@ from rankfold.network.passes import Inputs
 from rankfold.network.rehearsal import rehearse
 from rankfold.plan import INTERPOLATIVE, LayerSpec, Plan, channels_named
 from rankfold.progress import Progress, silent
-from rankfold.search import Problem, Search, settle
+from rankfold.search import Problem, Search, Selection, settle
 from rankfold.search import search as known_search
 from rankfold.search.candidates import measure_layer, smallest_form
 from rankfold.search.curves import Curve
@@ -79,8 +79,7 @@ def feasible_plan(
             curves, [one for one in widths if channels_named(one.channels.name) not in gone], gone, task.budget
         )
         if not left:
-            reasons = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in refused.items())
-            raise ModelError(f"no layer can be replaced: {reasons}")
+            raise irreplaceable(refused)
         try:
             found = search_plan(
                 left,
@@ -108,6 +107,12 @@ def feasible_plan(
             cost = replace(rehearsal.cost, latency=plan.after.latency)
             return replace(found, plan=replace(plan, after=cost, settings={**plan.settings, **told}))
         refused.update(rehearsal.refused)
+
+
+def irreplaceable(refused: Mapping[str, str]) -> ModelError:
+    """What is raised where no layer can be replaced."""
+    reasons = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in refused.items())
+    return ModelError(f"no layer can be replaced: {reasons}")
 
 
 def placed(search: str | Search, model: nn.Module) -> str | Search:
@@ -219,15 +224,19 @@ def search_plan(
     selection = settle(problem, find, progress)
     progress("searching ranks", 1, 1)
     pairs = list(zip(selection.curves or problem.curves, selection.choices, strict=True))
-    settings = {
-        "search": search if isinstance(search, str) else repr(search),
+    settings = {"search": search if isinstance(search, str) else repr(search), **outcome(problem, selection, budget)}
+    plan = drawn_up(pairs, curves, layers, problem, settings)
+    return Found(plan, selection.trace, fitted_factors(pairs, {layer.name for layer in plan.layers if layer.narrowed}))
+
+
+def outcome(problem: Problem, selection: Selection, budget: Budget) -> dict[str, Any]:
+    """What a plan says of the search that found it."""
+    return {
         "budget": dict(budget.given),
         "minimised": problem.minimise,
         "objective": selection.objective,
         "bound": selection.bound,
     }
-    plan = drawn_up(pairs, curves, layers, problem, settings)
-    return Found(plan, selection.trace, fitted_factors(pairs, {layer.name for layer in plan.layers if layer.narrowed}))
 
 
 def drawn_up(
@@ -296,3 +305,10 @@ def _first_match(layer: LayerSpec, mapping: Mapping[str, str | Sequence[str]]) -
         if any(matches(name, pattern) for name in (layer.name, *layer.aliases)):
             return given
     return None
+
+
+def as_json(decomposition: Decompositions) -> str | list[str] | dict[str, str | list[str]]:
+    """A user's choice of decompositions in JSON's types."""
+    if isinstance(decomposition, Mapping):
+        return {pattern: given if isinstance(given, str) else list(given) for pattern, given in decomposition.items()}
+    return decomposition if isinstance(decomposition, str) else list(decomposition)

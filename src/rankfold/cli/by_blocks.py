@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rankfold.cli.options import Decompositions, Json, print_json, progress_bars
+from rankfold.cli.options import BLOCKS_IN_BATCH, Decompositions, Json, decompositions, print_json, progress_bars
 from rankfold.reports import tables
 from rankfold.reports.layout import show
 
@@ -39,14 +39,13 @@ def compress_files(
     from rankfold.budget import Budget
     from rankfold.files.by_blocks import compress_files as run
 
-    names = [name for text in decomposition or ["svd"] for name in text.split(",")]
     batches = _blocks_of(directory, calibration, calibration_samples, length) if calibration else None
     with progress_bars(as_json) as progress:
         plan = run(
             directory,
             out,
             budget=Budget.parse(budget),
-            decomposition=names[0] if len(names) == 1 else names,
+            decomposition=decompositions(decomposition or ["svd"]),
             calibration=batches,
             memory=memory,
             progress=progress,
@@ -59,10 +58,11 @@ def compress_files(
 
 def _blocks_of(directory: Path, spec: str, samples: int, length: int) -> list[Any]:
     """Blocks of a text's tokens, in passes of a few."""
-    from rankfold.files.stream import IN_PASS
     from rankfold.sources.hugging_face import tokenize
     from rankfold.sources.models import optional
     from rankfold.sources.text import open_text
 
     transformers = optional("transformers", "hf")
-    return list(open_text(spec, partial(tokenize, transformers, str(directory)), length, samples).rows.split(IN_PASS))
+    return list(
+        open_text(spec, partial(tokenize, transformers, str(directory)), length, samples).rows.split(BLOCKS_IN_BATCH)
+    )

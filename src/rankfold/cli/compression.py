@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rankfold.cli.options import (
+    BLOCKS_IN_BATCH,
     Decompositions,
     Exclude,
     Include,
@@ -18,12 +18,13 @@ from rankfold.cli.options import (
     Seed,
     Weights,
     as_timed_,
+    decompositions,
     examples,
     open_model,
     print_json,
     progress_bars,
 )
-from rankfold.errors import BudgetError, DataError, ModelError
+from rankfold.errors import BudgetError, DataError
 from rankfold.reports import tables
 from rankfold.reports.layout import show
 
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 
 TIMED = 3.0
 """Seconds in which the result is timed beside its original, about."""
-BLOCKS, BLOCKS_IN_BATCH = 128, 4
-"""Blocks of text to calibrate on, unless said otherwise, and those in a pass."""
+BLOCKS = 128
+"""Blocks of text to calibrate on, unless said otherwise."""
 OBJECTIVES = ("reconstruction", "divergence", "validation")
 
 
@@ -57,7 +58,7 @@ def analyze(
         report = run_analysis(
             source.model,
             example,
-            decomposition=_decompositions(decomposition or ["auto"]),
+            decomposition=decompositions(decomposition or ["auto"]),
             include=include or None,
             exclude=exclude or (),
             progress=progress,
@@ -169,7 +170,7 @@ def compress(
         result = run_compression(
             source.model,
             example,
-            decomposition=_decompositions(decomposition or ["tucker"]),
+            decomposition=decompositions(decomposition or ["tucker"]),
             budget=limits,
             search=finder,
             calibration=_calibration(calibration, calibration_samples, length, source, example, shape),
@@ -275,19 +276,3 @@ def _search(
     if objective == "validation":
         return Rene(objective=Validation(source.model, pairs), checkpoint=checkpoint)
     return Rene(objective=Divergence(source.model, [x for x, _ in pairs]), checkpoint=checkpoint)
-
-
-def _decompositions(given: Sequence[str]) -> Any:
-    """What --decomposition says: a name, several, or a mapping from patterns."""
-    if any("=" in text for text in given):
-        pairs = [text.partition("=") for text in given]
-        bare = [text for text, separator, _ in pairs if not separator]
-        if bare:
-            raise ModelError(f"--decomposition {bare[0]!r} has no pattern, others have; write '*={bare[0]}' last")
-        return {pattern: _split(names) for pattern, _, names in pairs}
-    return _split(",".join(given))
-
-
-def _split(names: str) -> str | list[str]:
-    parts = [part.strip() for part in names.split(",") if part.strip()]
-    return parts[0] if len(parts) == 1 else parts

@@ -7,13 +7,10 @@ from typing import Annotated
 
 import typer
 
-from rankfold.cli.options import Json, print_json, progress_bars
+from rankfold.cli.options import BLOCKS_IN_BATCH, Json, print_json, progress_bars
 from rankfold.errors import TrainingError
 from rankfold.reports import tables
 from rankfold.reports.layout import show
-
-BLOCKS_IN_BATCH = 4
-"""Blocks of text per step, unless said otherwise."""
 
 
 def finetune(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,6 +48,8 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard 
 Seed = Annotated[int, typer.Option(help="Seed of the initial weights, where no weights are given.")]
 
 _BATCH = 128
+BLOCKS_IN_BATCH = 4
+"""Blocks of text in a pass, or in a step of training, unless said otherwise."""
 
 
 def open_model(
@@ -76,22 +78,18 @@ def as_timed_(model: nn.Module, example: Inputs, *, batch: int, channels_last: b
     """Example inputs as passes over them are timed; the model and PyTorch are set up for it."""
     import torch
 
+    from rankfold.network.passes import mapped
+
     if threads:
         torch.set_num_threads(threads)
     if channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def formed(one: Any) -> Any:
-        if isinstance(one, dict):
-            return {name: formed(value) for name, value in one.items()}
-        if isinstance(one, (tuple, list)):
-            return type(one)(map(formed, one))
-        if not isinstance(one, torch.Tensor) or not one.ndim:
-            return one
-        one = one.repeat_interleave(batch, 0)
+        one = one.repeat_interleave(batch, 0) if one.ndim else one
         return one.contiguous(memory_format=torch.channels_last) if channels_last and one.ndim == 4 else one
 
-    return formed(example)
+    return mapped(example, formed)
 
 
 def examples(spec: str, samples: int, source: Source, shape: tuple[int, ...] | None) -> Iterator[tuple[Any, Any]]:
@@ -151,3 +149,19 @@ def progress_bars(quiet: bool) -> Iterator[Any]:
 def print_json(content: Any) -> None:
     """One JSON object on standard output."""
     print(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def decompositions(given: Sequence[str]) -> Any:
+    """What --decomposition says: a name, several, or a mapping from patterns."""
+    if any("=" in text for text in given):
+        pairs = [text.partition("=") for text in given]
+        bare = [text for text, separator, _ in pairs if not separator]
+        if bare:
+            raise ModelError(f"--decomposition {bare[0]!r} has no pattern, others have; write '*={bare[0]}' last")
+        return {pattern: _split(names) for pattern, _, names in pairs}
+    return _split(",".join(given))
+
+
+def _split(names: str) -> str | list[str]:
+    parts = [part.strip() for part in names.split(",") if part.strip()]
+    return parts[0] if len(parts) == 1 else parts

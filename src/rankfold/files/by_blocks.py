@@ -27,7 +27,7 @@ from rankfold.files.pretrained import card, is_ours
 from rankfold.files.stream import Stream, batches_for, entering, row_of, skeleton
 from rankfold.memory import limited, trim
 from rankfold.plan import Plan
-from rankfold.planning import Decompositions
+from rankfold.planning import Decompositions, as_json
 from rankfold.progress import Progress, silent
 from rankfold.sources.shards import INDEX, SINGLE, Shards, to_meta_
 
@@ -75,7 +75,7 @@ def compress_files(
             "calibration": "random tokens" if calibration is None else "given inputs",
             "calibration_batches": len(given),
             "memory": allowed,
-            "decomposition": decomposition if isinstance(decomposition, str) else list(decomposition),
+            "decomposition": as_json(decomposition),
         }
         writer = _Writer(target)
         try:
@@ -160,11 +160,10 @@ class _Writer:
 
     def add(self, prefix: str, block: nn.Module, plan: Plan) -> None:
         """Writes a block, with what keeps its replaced weights from being drawn at random (`quantizer.with_stops`)."""
-        from rankfold.files.quantizer import replaced_weights
+        from rankfold.files.quantizer import with_stops
 
-        state = {f"{prefix}.{name}": tensor for name, tensor in block.state_dict().items()}
-        stops = {f"{prefix}.{name}": torch.empty(0) for name in replaced_weights(plan)}
-        self._write({**stops, **state})
+        state = with_stops(block.state_dict(), plan)
+        self._write({f"{prefix}.{name}": tensor for name, tensor in state.items()})
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Writes a tensor with others, a gigabyte or so at once."""

@@ -21,7 +21,7 @@ from rankfold.network.blocks import first_tensor
 from rankfold.network.passes import Inputs, arguments_of, describe_inputs, reason_of, run
 from rankfold.sources.hugging_face import quiet, vocabulary_of
 from rankfold.sources.models import optional
-from rankfold.sources.shards import Shards
+from rankfold.sources.shards import Shards, to_meta_
 
 RANDOM = (16, 256)
 """Rows and tokens of what is drawn at random, where nothing is given to calibrate on."""
@@ -118,9 +118,7 @@ def entering(model: Any, shards: Shards, row: str, blocks: Sequence[nn.Module], 
             reason = str(error)
     else:
         raise ModelError(f"the blocks of {row} are not called one after another: {reason}")
-    for name, module in model.named_modules():
-        if not f"{name}.".startswith(f"{row}."):
-            _let_go_(module)
+    to_meta_(model)
     return Stream(found[0][0], [hidden for _, hidden, _ in found], [others for _, _, others in found])
 
 
@@ -190,12 +188,6 @@ def _fill_own_(module: nn.Module, shards: Shards, prefix: str, names: Mapping[in
         key = f"{prefix}.{name}".lstrip(".")
         if buffer is not None and name not in module._non_persistent_buffers_set and key in shards:
             module._buffers[name] = shards.read(key)
-
-
-def _let_go_(module: nn.Module) -> None:
-    for name, parameter in module._parameters.items():
-        if parameter is not None and not parameter.is_meta:
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
 def first_of(output: Any) -> Tensor:

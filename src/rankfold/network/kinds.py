@@ -207,7 +207,7 @@ def _lookup_stages(module: nn.Embedding, weights: Sequence[nn.Parameter]) -> lis
 
 def stage_options(module: nn.Module, resized: str) -> dict[str, Any]:
     """How a stage of a convolution moves: as the layer does along the axes in `resized`, by one along the others."""
-    kind, options = known_kind(module), dict[str, Any]()
+    kind, axes, options = known_kind(module), shape_of(module).axes, dict[str, Any]()
     for name, neutral in (("stride", 1), ("dilation", 1), ("padding", 0), ("output_padding", 0)):
         given = getattr(module, name)
         if name == "output_padding" and not (kind.transposed and resized):
@@ -215,7 +215,7 @@ def stage_options(module: nn.Module, resized: str) -> dict[str, Any]:
         if isinstance(given, str):  # 'same' or 'valid' works axis by axis, and means nothing at size one
             options[name] = given if resized else (neutral,) * kind.axes
         else:
-            pairs = zip(shape_of(module).axes, given, strict=True)
+            pairs = zip(axes, given, strict=True)
             options[name] = tuple(value if axis in resized else neutral for axis, value in pairs)
     return options
 

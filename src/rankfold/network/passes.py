@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -100,22 +100,21 @@ def examples_in(inputs: Inputs) -> int:
 
 
 def _part(inputs: Inputs, examples: slice) -> Inputs:
-    if isinstance(inputs, Tensor):
-        return inputs[examples] if inputs.ndim else inputs
-    if isinstance(inputs, Mapping):
-        return {name: _part(value, examples) for name, value in inputs.items()}
-    return type(inputs)(_part(one, examples) for one in inputs) if type(inputs) in (tuple, list) else inputs
+    return mapped(inputs, lambda tensor: tensor[examples] if tensor.ndim else tensor)
 
 
 def copied(inputs: Inputs) -> Inputs:
     """The same inputs in tensors of their own, ordinary ones where they were made under inference mode."""
+    return mapped(inputs, lambda tensor: tensor.detach().clone())
+
+
+def mapped(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    """The same inputs with every tensor changed, in mappings, tuples and lists."""
     if isinstance(inputs, Tensor):
-        return inputs.detach().clone()
+        return change(inputs)
     if isinstance(inputs, Mapping):
-        return {name: copied(value) for name, value in inputs.items()}
-    if type(inputs) in (tuple, list):
-        return type(inputs)(map(copied, inputs))
-    return inputs
+        return {name: mapped(value, change) for name, value in inputs.items()}
+    return type(inputs)(mapped(one, change) for one in inputs) if type(inputs) in (tuple, list) else inputs
 
 
 @contextmanager

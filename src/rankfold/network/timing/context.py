@@ -60,8 +60,7 @@ def timed(
 
     The network is the `original` opened; what a pass takes in all is that of the original.
     """
-    given = tensors_in(inputs)
-    device = next((one.device for one in (*model.parameters(), *given)), torch.device("cpu"))
+    given, device = tensors_in(inputs), _device(model, inputs)
     watch = Stopwatch.opened(device)
     progress("timing the network", 0, len(layers))
     (whole,) = latency([original], inputs, rounds=PASSES[2], seconds=SECONDS)
@@ -83,16 +82,19 @@ def timed(
 
 def timing_of(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     """What times of a network on some inputs are of: the machine, its threads, and the form of the inputs."""
-    given = tensors_in(inputs)
-    device = next((one.device for one in (*model.parameters(), *given)), torch.device("cpu"))
     first = next(model.parameters(), None)
     return {
-        **asdict(Machine.here(device)),
+        **asdict(Machine.here(_device(model, inputs))),
         "inputs": describe_inputs(inputs),
         "batch": examples_in(inputs),
-        "channels_last": _channels_last(model, given),
+        "channels_last": _channels_last(model, tensors_in(inputs)),
         "dtype": str(first.dtype).removeprefix("torch.") if first is not None else "",
     }
+
+
+def _device(model: nn.Module, inputs: Inputs) -> torch.device:
+    """Where a network runs on some inputs."""
+    return next((one.device for one in (*model.parameters(), *tensors_in(inputs))), torch.device("cpu"))
 
 
 @dataclass(frozen=True)

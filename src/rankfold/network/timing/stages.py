@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -72,6 +73,7 @@ class LayerTimes:
     channels_last: bool
     factor: float = 1.0
     found: dict[tuple[Geometry, Counts], float] = field(default_factory=dict, repr=False)
+    geometries: dict[tuple[Any, ...], Geometry] = field(default_factory=dict, repr=False)
 
     def __call__(self, shape: LayerShape, wiring: Wiring | None = None, ranks: Sequence[Any] = ()) -> Any:
         """The time of a form; of several, where ranks are arrays."""
@@ -82,9 +84,7 @@ class LayerTimes:
 
     def alone(self) -> float:
         """What the layer's operation takes by itself."""
-        return sum(
-            times * self._time(*stage) for call, times in self._calls() for stage in self._dense(self.whole, call)
-        )
+        return sum(times * self._time(*stage) for call, times in self._calls for stage in self._dense(self.whole, call))
 
     def calibrated(self, taken: float) -> LayerTimes:
         """The same, of a layer that takes so long in its network."""
@@ -97,11 +97,12 @@ class LayerTimes:
 
     def _sum(self, shape: LayerShape, wiring: Wiring | None = None, ranks: Sequence[int] = ()) -> int:
         total = 0.0
-        for call, times in self._calls():
+        for call, times in self._calls:
             stages = self._factors(shape, wiring, ranks, call) if wiring else self._dense(shape, call)
             total += times * sum(self._time(*stage) for stage in stages)
         return round(self.factor * total)
 
+    @cached_property
     def _calls(self) -> list[tuple[Call, int]]:
         return list(Counter(self.whole.calls).items())
 
@@ -125,6 +126,12 @@ class LayerTimes:
 
     def _geometry(self, call: Call, at: tuple[int, ...], resized: str, taps: str) -> Geometry:
         """A stage that works on an input of these sizes, and strides and pads along the axes in `resized`."""
+        key = (call.batch, at, resized, taps)
+        if key not in self.geometries:
+            self.geometries[key] = self._made(*key)
+        return self.geometries[key]
+
+    def _made(self, batch: int, at: tuple[int, ...], resized: str, taps: str) -> Geometry:
         kind, module, shape = known_kind(self.module), cast(Any, self.module), self.whole
         transposed = kind.transposed and bool(resized) and bool(kind.axes)
         dtype = str(cast(Tensor, module.weight).dtype).removeprefix("torch.")
@@ -135,7 +142,7 @@ class LayerTimes:
             options |= stage_options(module, resized)
         named = kind.name if transposed else kind.pointwise.__name__
         last = self.channels_last and kind.axes == 2
-        return Geometry(named, call.batch, at, tuple(sorted(options.items())), dtype, last)
+        return Geometry(named, batch, at, tuple(sorted(options.items())), dtype, last)
 
     def _time(self, geometry: Geometry, counts: Counts) -> float:
         """The time of a stage, between those of its neighbours on the ladder."""
