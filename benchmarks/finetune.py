@@ -2,14 +2,15 @@
 
 Compressed with cp3 and calibrated on 512 training images without their labels, then fine-tuned on 45,000 of the 50,000;
 the other 5,000 are held out. A run that was interrupted goes on from its checkpoint when started again. `--case` names
-the budget, `--work` the folder for the models; `--epochs` and `--rate` as in `rankfold finetune`. With `--synthetic N`
-nothing but the network is used: calibration and fine-tuning on N inputs that are made from it.
+the budget, `--work` the folder for the models; `--refine`, `--epochs`, `--rate` and the like as in `rankfold`. With
+`--synthetic N` nothing but the network is used: calibration and fine-tuning on N inputs that are made from it.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import RESULTS, network, parser, record, require_data, unlabelled, write
@@ -42,23 +43,41 @@ def main() -> None:
     arguments.add_argument("--start", type=Path, help="a fine-tuned model of --work to go on from, in a second run")
     arguments.add_argument("--teacher", default="", help="another zoo network, such as cifar10_resnet32")
     arguments.add_argument("--damping", type=float, default=3e-4)
+    arguments.add_argument("--refine", type=int, default=0, help="epochs block by block, before")
+    arguments.add_argument(
+        "--logits", type=float, default=1.0, help="weight of the distance from the teacher's outputs"
+    )
+    arguments.add_argument("--ema", type=float, default=0.0)
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--batch-size", type=int, default=128)
     given = arguments.parse_args()
     folder = require_data(given)
     small = given.start or prepared(
-        folder, given.work, given.decomposition, given.case, synthetic=bool(given.synthetic)
+        folder, given.work, given.decomposition, given.case, synthetic=bool(given.synthetic), refine=given.refine
     )
-    name = f"{small.name}-{given.epochs}-{given.optimiser}-{given.rate}-{given.damping}{given.teacher}"
-    tuned = given.work / name
+    options = (
+        *(given.epochs, given.optimiser, given.rate, given.damping),
+        *(given.logits, given.ema, given.seed, given.batch_size),
+    )
+    tuned = given.work / f"{small.name}-{'-'.join(map(str, options))}{given.teacher}"
     teacher = (f"zoo:{given.teacher}", folder / "weights" / f"{given.teacher}.safetensors")
     training = Training(
-        epochs=given.epochs, optimiser=given.optimiser, rate=given.rate, damping=given.damping, augment="cifar"
+        epochs=given.epochs,
+        batch_size=given.batch_size,
+        optimiser=given.optimiser,
+        rate=given.rate,
+        damping=given.damping,
+        ema=given.ema,
+        seed=given.seed,
+        augment="cifar",
     )
     found = fine_tune_saved(
         small,
         f"synthetic:{given.synthetic}" if given.synthetic else f"npz:{folder / 'cifar10' / 'train.npz'}",
         tuned,
         training=training,
-        losses=Losses(),
+        losses=Losses(logits=given.logits),
+        weights=folder / "weights" / "cifar10_resnet20.safetensors",
         teacher=teacher if given.teacher else None,
         test=f"npz:{folder / 'cifar10' / 'test.npz'}",
         resume=(given.work / f"{tuned.name}.training" / "checkpoint.safetensors").exists(),
@@ -73,6 +92,12 @@ def main() -> None:
         rate=given.rate,
         scaled=training.steps_of_weights,
         damping=given.damping,
+        refine=given.refine,
+        logits=given.logits,
+        ema=given.ema,
+        seed=given.seed,
+        batch_size=given.batch_size,
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         teacher=given.teacher or "original",
         start=given.start.name if given.start else "compressed",
         epochs_before=sum(run["training"]["epochs"] for run in load_plan(small).settings.get("fine_tunings", [])),
@@ -92,17 +117,22 @@ def main() -> None:
     earlier = sorted(RESULTS.glob("finetune-*.json"))
     kept_records = json.loads(earlier[-1].read_text()) if earlier else []
     key = ("case", "decomposition", "epochs", "optimiser", "rate", "scaled", "damping", "teacher", "start", "inputs")
-    write([*(old for old in kept_records if any(old.get(name) != one[name] for name in key)), one])
+    usual = {"refine": 0, "logits": 1.0, "ema": 0.0, "seed": 0, "batch_size": 128}
+    same = [all({**usual, **old}.get(name) == one[name] for name in (*key, *usual)) for old in kept_records]
+    write([*(old for old, again in zip(kept_records, same, strict=True) if not again), one])
 
 
-def prepared(folder: Path, work: Path, decomposition: str, case: str, *, synthetic: bool = False) -> Path:
+def prepared(
+    folder: Path, work: Path, decomposition: str, case: str, *, synthetic: bool = False, refine: int = 0
+) -> Path:
     """The directory of the compressed network, which is made if it is not there."""
-    small = work / f"{decomposition}-{case}{'-synthetic' if synthetic else ''}"
+    small = work / f"{decomposition}-{case}{f'-refined-{refine}' if refine else ''}{'-synthetic' if synthetic else ''}"
     if not small.exists():
         source, _ = network(folder, "cifar10_resnet20", "cifar10_resnet20", "cifar10/test.npz")
         images = "synthetic" if synthetic else unlabelled(folder, source, "cifar10/train.npz")
         example, budget = torch.zeros(1, 3, 32, 32), CASES[case]
-        result = compress(source.model, example, decomposition=decomposition, budget=budget, calibration=images)
+        options: dict[str, Any] = {"decomposition": decomposition, "budget": budget, "refine": refine}
+        result = compress(source.model, example, calibration=images, **options)
         weights = folder / "weights" / "cifar10_resnet20.safetensors"
         origin = {"model": "zoo:cifar10_resnet20", "input_shape": [3, 32, 32], "seed": 0}
         save(result, small, source={**origin, "weights": str(weights), "weights_sha256": digest(weights)})

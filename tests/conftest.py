@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import networks
 import numpy as np
 import pytest
 import torch
@@ -35,15 +36,7 @@ def resnet20(data: Path) -> torch.nn.Module:
 
 @pytest.fixture
 def small_cnn() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return torch.nn.Sequential(
-        torch.nn.Conv2d(3, 16, 3, padding=1),
-        torch.nn.ReLU(),
-        torch.nn.Conv2d(16, 24, 3, stride=2, padding=1, bias=False),
-        torch.nn.ReLU(),
-        torch.nn.Flatten(),
-        torch.nn.Linear(24 * 16, 10),
-    ).eval()
+    return networks.small_cnn()
 
 
 @pytest.fixture

@@ -6,6 +6,19 @@ import torch
 from torch import nn
 
 
+def small_cnn() -> nn.Module:
+    """Two convolutions and a Linear, for images of 8 × 8."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 24, 3, stride=2, padding=1, bias=False),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(24 * 16, 10),
+    ).eval()
+
+
 class Tied(nn.Module):
     """One module used twice, two modules with one weight, and a weight tied to an embedding."""
 

@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
+import networks
 import numpy as np
 import pytest
 import torch
@@ -63,11 +64,11 @@ def read(path: Path) -> tuple[Reader, str]:
     return reader, " ".join(" ".join(reader.text).split())
 
 
-@pytest.fixture
-def result(small_cnn: nn.Module) -> Result:
+@pytest.fixture(scope="module")
+def result() -> Result:
     batches = [torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
     options = {"decomposition": "auto", "budget": Budget(macs=0.4), "calibration": batches, "refine": 1}
-    return compress(small_cnn, batches[0][:1], **options)
+    return compress(networks.small_cnn(), batches[0][:1], **options)
 
 
 def test_everything_is_on_it(result: Result, tmp_path: Path):

@@ -101,8 +101,10 @@ def test_a_blend_of_nested_candidates_is_a_mask_and_lies_below_the_rank_of_its_c
         assert energies @ (1 - soft) ** 2 < grid.errors[rank - 1]
 
 
-@pytest.mark.parametrize("decomposition", ["svd", "spatial", "tucker", "tt", "cp3", "auto"])
-@pytest.mark.parametrize("fraction", [0.7, 0.4])
+@pytest.mark.parametrize(
+    ("decomposition", "fraction"),
+    [*((name, 0.7) for name in ("svd", "tucker", "cp3")), *((name, 0.4) for name in ("spatial", "tt", "auto"))],
+)
 def test_separable_search_is_within_half_a_percent_of_the_bound_and_uses_its_budget(
     decomposition: str, fraction: float
 ):
@@ -328,8 +330,7 @@ def killed_after(steps: int):
     return report
 
 
-@pytest.mark.parametrize("steps", [3, 17, 20])
-@pytest.mark.parametrize("objective", ["reconstruction", "divergence"])
+@pytest.mark.parametrize(("objective", "steps"), [("reconstruction", 3), ("reconstruction", 20), ("divergence", 17)])
 def test_killed_and_resumed_it_finds_the_same_plan(
     steps: int, objective: str, trained_cnn: nn.Module, image: torch.Tensor, batches: list[torch.Tensor], tmp_path: Path
 ):

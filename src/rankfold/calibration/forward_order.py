@@ -103,19 +103,19 @@ def with_errors(
 class _Pairs:
     """Running sums over pairs of what the original's layer gives and what the student's is given, in float64."""
 
-    def __init__(self, layer: LayerShape) -> None:
-        self.inputs = MomentSum(layer)
+    def __init__(self, layer: LayerShape, device: torch.device) -> None:
+        self.inputs = MomentSum(layer, device)
         columns = layer.params // (layer.groups * layer.outputs)
-        self.cross = torch.zeros(layer.groups, layer.outputs, columns, dtype=torch.float64)
-        self.output_sum = torch.zeros(layer.groups, layer.outputs, dtype=torch.float64)
+        self.cross = torch.zeros(layer.groups, layer.outputs, columns, dtype=torch.float64, device=device)
+        self.output_sum = self.cross.new_zeros(layer.groups, layer.outputs)
         self.output_squares = torch.zeros_like(self.output_sum)
 
     def add(self, rows: Tensor, patches: Tensor) -> None:
         """Adds outputs (g, positions, o) and the patches (g, positions, n) in their place."""
         self.inputs.add(patches)
-        self.cross += (rows.mT @ patches).double().cpu()
-        self.output_sum += rows.sum(1).double().cpu()
-        self.output_squares += rows.square().sum(1).double().cpu()
+        self.cross += (rows.mT @ patches).double()
+        self.output_sum += rows.sum(1).double()
+        self.output_squares += rows.square().sum(1).double()
 
     def __add__(self, other: _Pairs) -> _Pairs:
         """The sums over the pairs of both."""
@@ -146,7 +146,7 @@ class _Pairs:
             mean = self.input_mean
             return square - _outer(mean, mean).to(square), cross - _outer(self.output_mean, mean)
         if bias is not None:
-            cross = cross - _outer(bias.detach().double().cpu().reshape(len(cross), -1), self.input_mean)
+            cross = cross - _outer(bias.detach().double().reshape(len(cross), -1), self.input_mean)
         return square, cross
 
 
@@ -155,7 +155,8 @@ def _collected(
 ) -> tuple[_Pairs, _Pairs]:
     """The sums of a place over two halves of the examples."""
     module, original = (one.get_submodule(place.layer.name) for one in (pair.skeleton, pair.model))
-    halves = _Pairs(shape_of(module)), _Pairs(shape_of(module))
+    shape, device = shape_of(module), weight_of(original).device
+    halves = _Pairs(shape, device), _Pairs(shape, device)
     for number, output, x in seen:
         thinning = thinning_of(original, output, number, batches)
         rows, start = pair.rows(place, output, thinning), 0
@@ -178,7 +179,7 @@ def _fitted(
     layer, pairs = place.layer, halves[0] + halves[1]
     module, own = (one.get_submodule(layer.name) for one in (pair.skeleton, pair.student))
     bias = cast("Tensor | None", own.bias)
-    weight = (composed_weight(own) if layer.narrowed else weight_of(module)).double().cpu()
+    weight = (composed_weight(own) if layer.narrowed else weight_of(module)).double()
     if pairs.inputs.joint is not None and bool(pairs.inputs.joint.any()):
         centred = place.calls == 1 and (bias is not None or place.norm is not None)
         seen = all(half.inputs.positions > 1 for half in halves)
@@ -191,10 +192,10 @@ def _fitted(
             write_weight_(own, target)
         else:
             wiring = wiring_of(layer.decomposition, shape_of(module))
-            start = tuple(one.detach().double().cpu() for one in stage_factors(own, module, wiring, layer.ranks))
+            start = tuple(one.detach().double() for one in stage_factors(own, module, wiring, layer.ranks))
             fitted = refine(target, wiring, start, Moment(joint=square, positions=pairs.inputs.positions).shrunk())
             write_factors_(weights_of_stages(own), shape_of(module), wiring, fitted)
-    return composed_weight(own).detach().to(weight_of(module).device).double(), tried
+    return composed_weight(own).detach().double(), tried
 
 
 def _best_ridge(weight: Tensor, best: int, *halves: tuple[Tensor, Tensor]) -> int:
@@ -233,7 +234,7 @@ def _regressed(
     """
     mean = square.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     mean = torch.where(mean > 0, mean, 1.0)
-    added = ridge * mean * torch.eye(square.shape[-1], dtype=mean.dtype)
+    added = ridge * mean * torch.eye(square.shape[-1], dtype=mean.dtype, device=mean.device)
     triangle = _triangle(square.to(_dtype_of(square)), added)
     square, cross, flat = (one.to(triangle) for one in (square, cross, weight.flatten(2)))
     change = torch.cholesky_solve((cross - flat @ square).mT, triangle).mT
@@ -262,7 +263,7 @@ def _definite(square: Float[Tensor, "g n n"]) -> Float[Tensor, "g n n"]:
 
 def _recentre_(pair: Networks, place: Place, pairs: _Pairs, weight: Tensor) -> None:
     """Gives the mean that the outputs lost to the layer's bias or batch norm, and the variance to the batch norm."""
-    weight, own = weight.cpu(), pair.student.get_submodule(place.layer.name)
+    own = pair.student.get_submodule(place.layer.name)
     bias = cast("nn.Parameter | None", own.bias)
     mean = (weight.flatten(2) @ pairs.input_mean[..., None])[..., 0]
     lost = (pairs.output_mean - mean).flatten()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rankfold.calibration.patches import patches_of, thinning_of
@@ -104,7 +105,7 @@ def _in_memory(
     parts: list[dict[nn.Module, str]] = [{}]
     for name, module in modules.items():
         layer = owners[name]
-        sizes[layer] = 0 if layer in sizes else MomentSum(shape_of(module)).nbytes
+        sizes[layer] = 0 if layer in sizes else MomentSum(shape_of(module), torch.device("meta")).nbytes
         taken += sizes[layer]
         if taken > room and sizes[layer] and parts[-1] and not once:
             parts.append({})
@@ -206,7 +207,7 @@ class _Watch:
             raise _Apart
         if first == name:
             if name not in self.sums:
-                self.sums[name] = MomentSum(shape_of(module))
+                self.sums[name] = MomentSum(shape_of(module), x.device)
             group = int(args[1]) if kind.stacked else None
             thinning = slice(None) if group is not None else thinning_of(module, output, number, self.batches)
             for patches in patches_of(module, x.detach(), thinning):

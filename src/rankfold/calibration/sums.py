@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import cast
 
 import torch
@@ -30,20 +31,21 @@ UNSEEN = 0.1
 
 
 class MomentSum:
-    """A running sum of outer products, in float64, or in float32 where they are large."""
+    """A running sum of outer products, in float64, or in float32 where they are large, on the device of the patches."""
 
-    def __init__(self, layer: LayerShape) -> None:
+    def __init__(self, layer: LayerShape, device: torch.device) -> None:
         groups, inputs = layer.groups, layer.inputs
         taps = layer.params // (groups * layer.outputs * inputs)
         self.shape = (groups, inputs, taps)
         whole = inputs * taps <= LARGEST_MOMENT or layer.routed
         dtype = torch.float64 if inputs * taps <= LARGEST_DOUBLE else torch.float32
-        self.joint = torch.zeros(groups, inputs * taps, inputs * taps, dtype=dtype) if whole else None
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        self.joint = zeros(groups, inputs * taps, inputs * taps, dtype=dtype) if whole else None
         self.rows: list[Tensor] | None = None if whole or taps > 1 else []
         split = not whole and taps > 1
-        self.inputs = torch.zeros(groups, inputs, inputs, dtype=torch.float64) if split else None
-        self.taps = torch.zeros(groups, taps, taps, dtype=torch.float64) if split else None
-        self.sum = torch.zeros(groups, inputs * taps, dtype=torch.float64) if self.rows is None else None
+        self.inputs = zeros(groups, inputs, inputs) if split else None
+        self.taps = zeros(groups, taps, taps) if split else None
+        self.sum = zeros(groups, inputs * taps) if self.rows is None else None
         self.positions = 0
         self.routed = layer.routed
 
@@ -54,23 +56,23 @@ class MomentSum:
         self.positions += positions
         places = slice(None) if group is None else slice(group, group + 1)
         if self.sum is not None:
-            self.sum[places] += patches.sum(1).double().cpu()
+            self.sum[places] += patches.sum(1).double()
         if self.joint is not None:
             joint, size = self.joint[places], self.joint.shape[-1]
             width = max(SMALLEST_BLOCK, size // BLOCKS)
             for start in range(0, size, width):
                 block = patches[..., start : start + width]
-                joint[:, start:, start : start + width] += (patches[..., start:].mT @ block).cpu()
+                joint[:, start:, start : start + width] += patches[..., start:].mT @ block
             return
         if self.rows is not None:
-            self.rows.append(patches.float().cpu())
+            self.rows.append(patches.float())
             if sum(one.shape[1] for one in self.rows) > LARGEST_SKETCH:
                 self.rows = [_sketched(torch.cat(self.rows, 1), self.positions)]
             return
         split = patches.reshape(len(patches), positions, *self.shape[1:])
         by_inputs, by_taps = split.movedim(3, 2).flatten(1, 2), split.flatten(1, 2)
-        cast(Tensor, self.inputs).add_((by_inputs.mT @ by_inputs).double().cpu())
-        cast(Tensor, self.taps).add_((by_taps.mT @ by_taps).double().cpu())
+        cast(Tensor, self.inputs).add_((by_inputs.mT @ by_inputs).double())
+        cast(Tensor, self.taps).add_((by_taps.mT @ by_taps).double())
 
     def __add__(self, other: MomentSum) -> MomentSum:
         """The sum over the patches of both."""

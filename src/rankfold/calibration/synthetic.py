@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from rankfold.errors import DataError
 from rankfold.network.hooks import attached
-from rankfold.network.passes import Inputs, arguments_of, copied, describe_inputs, evaluating, run, seeded
+from rankfold.network.passes import Inputs, arguments_of, copied, describe_inputs, device_of, evaluating, run, seeded
 from rankfold.network.tracing import holds_statistics
 from rankfold.progress import Progress, silent
 
@@ -168,7 +168,7 @@ def _arguments(inputs: Inputs) -> dict[int | str, Any]:
 
 def _tokens(model: nn.Module, example_inputs: Inputs) -> tuple[int | str, int] | None:
     """Which argument holds tokens, and out of how many: the rows of the largest embedding that it is an index into."""
-    args, kwargs = arguments_of(copied(example_inputs))
+    args, kwargs = arguments_of(copied(example_inputs, device_of(model)))
     given = cast("dict[int | str, Any]", dict([*enumerate(args), *kwargs.items()]))
     integers = {
         place: ids

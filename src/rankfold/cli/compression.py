@@ -10,6 +10,7 @@ import typer
 from rankfold.cli.options import (
     BLOCKS_IN_BATCH,
     Decompositions,
+    Device,
     Exclude,
     Include,
     InputShape,
@@ -137,6 +138,7 @@ def compress(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads that PyTorch may use; default its own number.")
     ] = None,
+    device: Device = "auto",
     checkpoint: Annotated[
         Path | None, typer.Option(help="File that rene keeps its state in, and goes on from when started again.")
     ] = None,
@@ -163,7 +165,7 @@ def compress(
     for target in {out, small}:
         check_target(target)
     source, example, shape = open_model(model, weights, input_shape, seed)
-    example = as_timed_(source.model, example, batch=batch, channels_last=channels_last, threads=threads)
+    example = as_timed_(source.model, example, device=device, batch=batch, channels_last=channels_last, threads=threads)
     training = _training(finetune, test, source, shape, length, epochs=epochs, augment=augment, seed=seed)
     finder = _search(search, objective, source, shape, data=data, samples=samples, checkpoint=checkpoint)
     with progress_bars(as_json) as progress:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rankfold.cli.options import Json, numbers, print_json, progress_bars
+from rankfold.cli.options import Device, Json, numbers, print_json, progress_bars
 from rankfold.errors import ArtifactError
 from rankfold.reports import tables
 from rankfold.reports.layout import show
@@ -31,6 +31,7 @@ def evaluate(
     samples: Annotated[
         int | None, typer.Option(min=1, help="Of text: so many evenly spaced blocks; default all.")
     ] = None,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Score a compressed model on labelled data or on text, and time it against its original in one run.
@@ -44,7 +45,9 @@ def evaluate(
     found: Comparison | LanguageComparison
     with progress_bars(as_json) as progress:
         if is_text(data):
-            found = compare_on_text(directory, data, length=length, samples=samples, weights=weights, progress=progress)
+            found = compare_on_text(
+                directory, data, length=length, samples=samples, weights=weights, device=device, progress=progress
+            )
         else:
             found = compare_on_data(
                 directory,
@@ -54,6 +57,7 @@ def evaluate(
                 mean=numbers(mean, "mean"),
                 std=numbers(std, "std"),
                 batch_size=batch_size,
+                device=device,
                 progress=progress,
             )
     _keep(directory, data, found.as_dict())

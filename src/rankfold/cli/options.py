@@ -45,6 +45,7 @@ Decompositions = Annotated[
 Include = Annotated[list[str] | None, typer.Option(help="Glob of layers to consider (repeatable); default: all.")]
 Exclude = Annotated[list[str] | None, typer.Option(help="Glob of layers to leave alone (repeatable).")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, and nothing else.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto: a CUDA GPU where there is one.")]
 Seed = Annotated[int, typer.Option(help="Seed of the initial weights, where no weights are given.")]
 
 _BATCH = 128
@@ -74,18 +75,24 @@ def open_model(
     return source, source.example_inputs(), source.input_shape
 
 
-def as_timed_(model: nn.Module, example: Inputs, *, batch: int, channels_last: bool, threads: int | None) -> Inputs:
+def as_timed_(
+    model: nn.Module, example: Inputs, *, device: str, batch: int, channels_last: bool, threads: int | None
+) -> Inputs:
     """Example inputs as passes over them are timed; the model and PyTorch are set up for it."""
     import torch
 
     from rankfold.network.passes import mapped
+    from rankfold.sources.devices import open_device
 
+    place = open_device(device)
     if threads:
         torch.set_num_threads(threads)
+    model.to(place)
     if channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def formed(one: Any) -> Any:
+        one = one.to(place)
         one = one.repeat_interleave(batch, 0) if one.ndim else one
         return one.contiguous(memory_format=torch.channels_last) if channels_last and one.ndim == 4 else one
 

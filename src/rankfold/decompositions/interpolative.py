@@ -59,7 +59,7 @@ def eliminate(weight: Float[Tensor, "g o i *taps"], moment: Moment, channels: in
     channels loses as many; groups of the layer lie in parts, or parts in groups. Where nothing is known of the inputs,
     or nothing ever came in, all count alike.
     """
-    flat, square = weight.double().flatten(2).cpu(), whole(moment, weight)
+    flat, square = weight.double().flatten(2), whole(moment, weight)
     groups = len(flat)
     total = float(((flat @ square) * flat).sum())
     if groups >= parts:  # parts are made of whole groups or are groups; others would need a common order
@@ -88,7 +88,7 @@ def interpolated(
     """
     groups, outputs, inputs = weight.shape[:3]
     taps = weight[0, 0, 0].numel()
-    flat, square = weight.double().flatten(2).cpu(), whole(moment, weight)
+    flat, square = weight.double().flatten(2), whole(moment, weight)
     split = by_group(columns, groups, inputs)
     found = []
     for group, kept in enumerate(split):
@@ -100,8 +100,8 @@ def interpolated(
 
 def interpolation_error(weight: Float[Tensor, "g o i *taps"], moment: Moment, columns: Tensor) -> float:
     """The squared relative error of a layer's output once only some inputs are kept, and the weight is rebuilt."""
-    residual = weight.double().cpu() - padded(interpolated(weight, moment, columns), weight.shape[2], columns)
-    square, flat = whole(moment, weight), weight.double().flatten(2).cpu()
+    residual = weight.double() - padded(interpolated(weight, moment, columns), weight.shape[2], columns)
+    square, flat = whole(moment, weight), weight.double().flatten(2)
     energy = float(((flat @ square) * flat).sum())
     residual = residual.flatten(2)
     return float(((residual @ square) * residual).sum()) / energy if energy > 0 else 0.0
@@ -128,11 +128,11 @@ def entries(channels: Sequence[int], inner: int) -> Tensor:
 def whole(moment: Moment, weight: Float[Tensor, "g o i *taps"]) -> Float64[Tensor, "g n n"]:
     """A moment as matrices that can be inverted; the identity where nothing is known of the inputs."""
     size = weight[0, 0].numel()
-    identity = torch.eye(size, dtype=torch.float64).expand(len(weight), size, size)
+    identity = torch.eye(size, dtype=torch.float64, device=weight.device).expand(len(weight), size, size)
     square = moment.joint
     if square is None:
         square = moment.applied(identity.reshape(len(weight), size, *weight.shape[2:])).reshape(identity.shape)
-    square = square.cpu()
+    square = square.to(weight.device)
     mean = square.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     return torch.where(mean > 0, square + RIDGE * mean * identity, identity)
 
@@ -141,10 +141,10 @@ def _eliminated(
     weight: Tensor, inverse: Tensor, parts: int, run: int, block: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Orders (parts, run) within one group, and what is lost with the first k of every part."""
-    alive = torch.arange(parts * run).reshape(parts, run)
+    alive = torch.arange(parts * run, device=weight.device).reshape(parts, run)
     orders: list[Tensor] = []
     lost = [0.0]
-    inner = torch.arange(block)
+    inner = torch.arange(block, device=weight.device)
     step = max(1, min(round(run * len(inverse) / WORK), run // FEWEST_STEPS))
     while alive.shape[1] > 1:
         left, size = alive.shape[1], min(step, alive.shape[1] - 1)
@@ -154,7 +154,7 @@ def _eliminated(
         costs = torch.einsum("ogt,gts,ogs->g", columns, own, columns).reshape(parts, left)
         going = costs.topk(size, dim=1, largest=False, sorted=True).indices
         orders.append(alive.gather(1, going))
-        mask = torch.ones(parts, left, dtype=torch.bool).scatter_(1, going, False)
+        mask = torch.ones(parts, left, dtype=torch.bool, device=weight.device).scatter_(1, going, False)
         stay = (torch.nonzero(mask.flatten()) * block + inner).flatten()
         go = (torch.nonzero(~mask.flatten()) * block + inner).flatten()
         gain = torch.linalg.solve(inverse[go][:, go], inverse[go][:, stay])
@@ -165,5 +165,5 @@ def _eliminated(
         inverse = inverse[stay][:, stay] - inverse[stay][:, go] @ gain
         alive = alive[mask].reshape(parts, left - size)
     orders.append(alive)
-    within = torch.cat(orders, 1) - torch.arange(parts)[:, None] * run
+    within = torch.cat(orders, 1).cpu() - torch.arange(parts)[:, None] * run
     return within.numpy(), np.array([*lost, lost[-1]])

@@ -52,7 +52,9 @@ class Moment:
         places = (chosen[..., None] * taps + torch.arange(taps)).flatten(1)
         if self.joint is not None:
             joint = torch.stack([self.joint[group][one][:, one] for group, one in enumerate(places)])
-            return replace(self, joint=joint, mean=None if self.mean is None else self.mean.gather(1, places))
+            return replace(
+                self, joint=joint, mean=None if self.mean is None else self.mean.gather(1, places.to(self.mean.device))
+            )
         if self.rows is not None:
             return replace(self, rows=torch.stack([self.rows[group][:, one] for group, one in enumerate(places)]))
         if self.inputs is not None:

@@ -95,8 +95,8 @@ def rebuild_(student: nn.Module, model: nn.Module, plan: Plan, moments: Mapping[
         write_weight_(own, torch.stack([rebuilt[group][one] for group, one in enumerate(split)]))
         bias = cast("nn.Parameter | None", own.bias)
         if bias is not None and moment.mean is not None:
-            lost = weight.double().cpu() - padded(rebuilt, weight.shape[2], columns)
-            shift = (lost.flatten(2) @ moment.mean[..., None]).flatten()[rows]
+            lost = weight.double() - padded(rebuilt, weight.shape[2], columns)
+            shift = (lost.flatten(2) @ moment.mean.to(lost)[..., None]).flatten()[rows]
             bias.data += shift.to(bias)
 
 

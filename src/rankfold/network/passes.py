@@ -22,9 +22,10 @@ Inputs = Any
 def run(model: nn.Module, inputs: Inputs) -> Any:
     """The model's output on example inputs, without gradients, in evaluation mode; its mode is restored.
 
-    The model gets copies of the inputs, which it may change, and draws the same random numbers in every pass.
+    The model gets copies of the inputs, which it may change, on its own device, and draws the same random numbers in
+    every pass.
     """
-    args, kwargs = arguments_of(copied(inputs))
+    args, kwargs = arguments_of(copied(inputs, device_of(model)))
     with evaluating(model), seeded(model), torch.no_grad():
         return model(*args, **kwargs)
 
@@ -43,7 +44,7 @@ def run_with(model: nn.Module, named: Mapping[str, Tensor], inputs: Inputs) -> A
         for name, parameter in module.named_parameters(recurse=False)
         if parameter in given
     }
-    args, kwargs = arguments_of(copied(inputs))
+    args, kwargs = arguments_of(copied(inputs, device_of(model)))
     with seeded(model):
         return torch.func.functional_call(model, everywhere, args, kwargs, tie_weights=False)
 
@@ -103,9 +104,17 @@ def _part(inputs: Inputs, examples: slice) -> Inputs:
     return mapped(inputs, lambda tensor: tensor[examples] if tensor.ndim else tensor)
 
 
-def copied(inputs: Inputs) -> Inputs:
-    """The same inputs in tensors of their own, ordinary ones where they were made under inference mode."""
-    return mapped(inputs, lambda tensor: tensor.detach().clone())
+def copied(inputs: Inputs, device: torch.device | None = None) -> Inputs:
+    """The same inputs in tensors of their own, ordinary ones where they were made under inference mode; on a device,
+    where one is named.
+    """
+    return mapped(inputs, lambda tensor: tensor.detach().to(device, copy=True))
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """The device that all of a model's weights lie on; None where they lie on several, or nowhere."""
+    devices = {tensor.device for tensor in model.parameters() if not tensor.is_meta}
+    return devices.pop() if len(devices) == 1 else None
 
 
 def mapped(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from rankfold.budget import Cost
 from rankfold.evaluation import Accuracy, Perplexity, Speed, accuracy, latency, perplexity, speeds
 from rankfold.evaluation.language import check_causal
@@ -14,6 +16,7 @@ from rankfold.files.artifact import load, load_plan
 from rankfold.files.original import load_original_, one_input, rebuild
 from rankfold.progress import Progress, silent
 from rankfold.sources.data import Normalisation, open_dataset
+from rankfold.sources.devices import open_device
 from rankfold.sources.text import Blocks, open_text
 
 LENGTH = 1024
@@ -102,11 +105,12 @@ def compare_on_text(
     length: int = LENGTH,
     samples: int | None = None,
     weights: str | Path | None = None,
+    device: str = "cpu",
     progress: Progress = silent,
 ) -> LanguageComparison:
     """Scores the language model saved in `directory` and its original on the text in "text:FILE", and times both.
 
-    The text is cut into blocks of `length` tokens, or `samples` evenly spaced ones of them.
+    Both run on `device`. The text is cut into blocks of `length` tokens, or `samples` evenly spaced ones of them.
     """
     plan = load_plan(directory)
     source, _ = rebuild(plan, directory)
@@ -114,7 +118,7 @@ def compare_on_text(
     blocks = open_text(data, source.tokenize, length, samples)
     student = load(directory, source.model)
     load_original_(source.model, plan, weights)
-    models = (source.model, student)
+    models = _placed(device, source.model, student)
     names = ("the original", "the compressed model")
     scores = [
         perplexity(model, blocks.rows, progress=progress, what=f"scoring {name}")
@@ -135,12 +139,14 @@ def compare(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     batch_size: int | None = None,
+    device: str = "cpu",
     progress: Progress = silent,
 ) -> Comparison:
     """Scores the model saved in `directory` on `data`, and times it and its original in turns.
 
     The original is built as it was for compression; it is scored only where `original` is set, with the weights it had
-    then, or those in `weights`. Normalisation is the model's own unless `mean` and `std` are given.
+    then, or those in `weights`. Normalisation is the model's own unless `mean` and `std` are given. Both run on
+    `device`.
     """
     plan = load_plan(directory)
     source, several = rebuild(plan, directory)
@@ -151,6 +157,7 @@ def compare(
     if original:
         load_original_(source.model, plan, weights)
     source.model.to(next(p.dtype for p in student.parameters() if p.is_floating_point()))
+    _placed(device, source.model, student)
     dense_ms, student_ms = latency((source.model, student), source.example(shape))
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     base = accuracy(source.model, dataset, what="scoring the original", **options) if original else None
@@ -158,3 +165,9 @@ def compare(
     return Comparison(
         len(dataset), Side(base, plan.before, dense_ms), Side(scored, plan.after, student_ms), normalisation
     )
+
+
+def _placed(device: str, *models: nn.Module) -> tuple[nn.Module, ...]:
+    """The same networks, moved to the device of that name."""
+    place = open_device(device)
+    return tuple(model.to(place) for model in models)

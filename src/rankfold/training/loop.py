@@ -289,7 +289,7 @@ class _Run:
     def _close_epoch(self, held_out: Examples | None) -> None:
         """Adds the epoch that is over to the history, scored on what was held out."""
         state = self.state
-        score = score_of(self.result(), held_out) if held_out is not None and self.main else None
+        score = score_of(self.result().to(self.device), held_out) if held_out is not None and self.main else None
         top1, other = (None, score) if isinstance(held_out, TextData) else (score, None)
         state.epochs.append(Epoch(state.loss_sum / self.steps, top1, round(state.seconds, 2), other))
         state.loss_sum = state.seconds = 0.0

@@ -30,6 +30,7 @@ from rankfold.sources.models import Source, build_model, load_weights_
 from rankfold.sources.text import TextData, is_text, open_text
 from rankfold.training import Epoch, Losses, Training, fine_tune, split
 from rankfold.training.examples import Examples, score_of
+from rankfold.training.preparation import processes
 
 SYNTHETIC = "synthetic:"
 STAGES = ("original", "compressed", "fine-tuned")
@@ -132,7 +133,10 @@ def fine_tune_saved(
         log=work / "log.csv",
         progress=progress,
     )
-    models = (source.model, student, trained.model)
+    dense = opened_for(source.model, plan)
+    measured = tuple(_measured(layer, dense, trained.model, plan) for layer in plan.layers)
+    place = processes().device
+    models = tuple(model.to(place) for model in (source.model, student, trained.model))
     this = {
         "training": {**asdict(training), "precision": trained.precision},
         "losses": {name: value for name, value in asdict(losses).items() if name != "criterion"},
@@ -145,8 +149,6 @@ def fine_tune_saved(
         "fine_tunings": [*plan.settings.get("fine_tunings", []), this],
         "metric": "frobenius, after fine-tuning",
     }
-    dense = opened_for(source.model, plan)
-    measured = tuple(_measured(layer, dense, trained.model, plan) for layer in plan.layers)
     plan = replace(plan, settings=settings, layers=measured)
     held, final = (
         tuple(score_of(model, part, progress=progress, what=f"scoring on {what}") for model in models)

@@ -12,7 +12,7 @@ from statistics import median
 import torch
 from torch import nn
 
-from rankfold.network.passes import Inputs, arguments_of, copied, evaluating, tensors_in
+from rankfold.network.passes import Inputs, arguments_of, copied, device_of, evaluating, tensors_in
 
 
 def latency(
@@ -27,7 +27,7 @@ def latency(
         for model in dict.fromkeys(models):
             stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
-        calls = [partial(_call, model, copied(inputs)) for model in models]
+        calls = [partial(_call, model, copied(inputs, device_of(model))) for model in models]
         return in_turns(calls, rounds=rounds, warmup=warmup, seconds=seconds)
 
 

@@ -1,0 +1,23 @@
+"""The device that a user names."""
+
+from __future__ import annotations
+
+import torch
+
+from rankfold.errors import ModelError
+
+
+def open_device(name: str) -> torch.device:
+    """The device called `name`, such as cpu or cuda:1; with auto, a CUDA GPU where there is one.
+
+    Raises ModelError for one that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, dtype=torch.float64, device=device).item()  # some devices have no such numbers
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"device {name!r} cannot be used here: {reason}; give cpu, or auto") from None
+    return device
