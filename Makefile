@@ -1,10 +1,12 @@
 # Two commands: `make demo` shows what rankfold does, `make test` checks that it does it.
-# Both create the environment in .venv from requirements.lock first.
+# Both create the environment in .venv from requirements.lock first, as do `make docs`, the documentation as a site, and
+# `make wheel`, the packages that are published, tried in an empty environment. `make matrix` runs the tests on other
+# versions of Python and torch.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test env
+.PHONY: demo test docs wheel matrix env
 
 demo: env
 	$(BIN)/rankfold demo
@@ -15,6 +17,16 @@ test: env
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest --numprocesses 2
+	$(BIN)/mkdocs build --quiet
+
+docs: env
+	$(BIN)/mkdocs build
+
+wheel: env
+	$(BIN)/python tools/try_packages.py
+
+matrix: env
+	$(BIN)/python tools/matrix.py
 
 env: .venv/.made
 

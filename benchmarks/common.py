@@ -131,6 +131,11 @@ def write(records: list[dict[str, Any]]) -> None:
     print(json.dumps(records, indent=2, ensure_ascii=False))
 
 
+def recorded(case: str) -> dict[str, Any]:
+    """Today's record of a case."""
+    return next(one for one in json.loads(_todays().read_text()) if one["case"] == case)
+
+
 def keep(records: Sequence[dict[str, Any]]) -> None:
     """Writes records to today's file, in place of earlier ones of the same cases."""
     path = _todays()

@@ -298,6 +298,95 @@ WITHIN = {
 """The columns of the records of accuracy within them."""
 
 
+NETWORKS = {
+    "cifar10_resnet20": "ResNet-20, CIFAR-10",
+    "resnet50": "ResNet-50",
+    "mobilenet_v2": "MobileNetV2",
+    "deit_tiny": "DeiT-Tiny",
+}
+"""Networks with many budgets, in the picture and in docs/accuracy.md."""
+ACCURACY = {
+    "network": "network",
+    "method": "decomposition",
+    "macs_kept": "MACs kept",
+    "params_kept": "parameters kept",
+    "epochs": "epochs by blocks",
+    "base_top1": "top-1 %",
+    "top1": "compressed",
+    "lost": "points lost",
+    "seconds": "seconds",
+}
+"""The columns of the best records at every budget."""
+DEFAULT = {
+    "method": "",
+    "top1": "top-1 %",
+    "lost": "points lost",
+    "time_kept_1": "time kept, one image",
+    "time_kept_16": "sixteen",
+    "seconds": "seconds",
+}
+"""The columns of every decomposition on a network."""
+QUANTISATION = {
+    "model": "network",
+    "method": "",
+    "bits": "bits",
+    "top1": "top-1 %",
+    "megabytes": "MB",
+    "time_kept_1": "time kept, one image",
+    "time_kept_16": "sixteen",
+    "openvino_time_kept_1": "in OpenVINO, one",
+    "openvino_time_kept_16": "sixteen",
+}
+"""The columns of networks in eight bits."""
+PAPER = {
+    "decomposition": "",
+    "macs_kept": "MACs kept",
+    "params_kept": "parameters kept",
+    "base_top1": "top-1 %",
+    "compressed_top1": "before training",
+    "top1": "fine-tuned",
+    "epochs": "epochs",
+    "teacher": "teacher",
+    "inputs": "trained on",
+}
+"""The columns of networks of the paper's sizes."""
+
+
+def best(model: str) -> list[dict[str, Any]]:
+    """The record of the highest accuracy at every budget, from given inputs without training of the whole network."""
+    found: dict[float, dict[str, Any]] = {}
+    for one in (*gathered("units"), *gathered("refining")):
+        if one.get("model") == model and "top1" in one and one.get("calibration", "given inputs") == "given inputs":
+            budget = round(one["macs_kept"], 2)
+            if budget not in found or one["top1"] > found[budget]["top1"]:
+                found[budget] = {"epochs": 0, **one, "network": NETWORKS[model]}
+    return [found[budget] for budget in sorted(found)]
+
+
+def _fill_guides() -> None:
+    """The tables of docs/accuracy.md, docs/choosing.md and docs/quantisation.md."""
+    docs = ROOT / "docs"
+    records = [one for model in NETWORKS for one in reversed(best(model))]
+    fill(docs / "accuracy.md", "accuracy", f"\n{rows_of(records, ACCURACY)}\n\n{source(records)}")
+    longest = [one for one in newest("finetune") if one["case"] in ("tt", "cp", "fifth") and one["epochs"] >= 10]
+    ours = [
+        {**one, "epochs": one["epochs"] + one["epochs_before"]}
+        for one in longest
+        if one["top1"] == max(other["top1"] for other in longest if other["case"] == one["case"])
+    ]
+    fill(docs / "accuracy.md", "paper", f"\n{rows_of(ours, PAPER)}\n\n{source(ours)}")
+    records = gathered("default")
+    parts = [
+        f"### {model}, {100 * records_of[0]['budget']:.0f} % of the MACs\n\n{rows_of(records_of, DEFAULT)}"
+        for model in dict.fromkeys(one["model"] for one in records)
+        for records_of in [[one for one in records if one["model"] == model]]
+    ]
+    if records:
+        fill(docs / "choosing.md", "default", "\n" + "\n\n".join([*parts, source(records)]))
+    if records := gathered("quantisation"):
+        fill(docs / "quantisation.md", "quantisation", f"\n{rows_of(records, QUANTISATION)}\n\n{source(records)}")
+
+
 def fill(path: Path, marker: str, body: str) -> None:
     """Puts a text between a file's markers."""
     filled = f"<!-- {marker} -->\n{body}\n<!-- /{marker} -->"
@@ -364,6 +453,7 @@ def main() -> None:
     records = newest("published_against_exact")
     fill(ROOT / "docs" / "search.md", "published", f"\n{against()}\n\n{source(records)}")
     _fill_training()
+    _fill_guides()
 
 
 def _fill_sizes() -> None:
