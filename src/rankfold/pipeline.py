@@ -14,6 +14,7 @@ from rankfold.budget import LATENCY, Budget, Cost
 from rankfold.calibration.asked import calibrated, provenance
 from rankfold.calibration.forward_order import refit_, with_errors
 from rankfold.calibration.moments import Calibration
+from rankfold.calibration.pictured import pictures
 from rankfold.calibration.refining import refine_
 from rankfold.decompositions.metric import Moment
 from rankfold.errors import BudgetError
@@ -38,8 +39,9 @@ from rankfold.search.trace import Trace
 from rankfold.search.widths import Width
 from rankfold.units import about_means, better, hidden_channels, measure_widths, timed_parts, with_metric, with_prices
 
-FEWEST = 256
-"""Calibration inputs from which on a network that lost channels keeps fits in forward order; fewer overfit."""
+FEWEST = 96
+"""Calibration inputs from which on a network that lost channels is fitted in forward order; of fewer, too few are held
+back to tell whether that helps."""
 ALIGN = 8
 """What widths and ranks are multiples of where latency is limited and nothing else is said: others are slower."""
 APART = "layer by layer: in forward order there are too few inputs, or it agreed with the original less often"
@@ -52,7 +54,7 @@ class Result:
 
     `before` and `after` are costs of the whole network, `seconds` the wall time of the compression; the plan holds the
     same layer by layer. `trace` is the history of the search, where it keeps one, `curves` what it chose from, as
-    `rankfold.search.outline` draws it.
+    `rankfold.search.outline` draws it, `pictures` some of the calibration inputs where they were images.
     """
 
     model: nn.Module
@@ -60,6 +62,7 @@ class Result:
     seconds: float
     trace: Trace | None = None
     curves: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    pictures: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def before(self) -> Cost:
@@ -210,7 +213,8 @@ class Study:
         plan = verified(self.model, student, plan, self.inputs)
         setattr(student, KNOWN_PLAN, plan)
         drawn = outlines(self.curves, self.widths, next(iter(budget.units), "macs"))
-        return Result(student, plan, self.seconds + time.perf_counter() - start, found.trace, drawn)
+        seconds = self.seconds + time.perf_counter() - start
+        return Result(student, plan, seconds, found.trace, drawn, pictures(self.known.inputs))
 
     def _ordered(self, student: nn.Module, plan: Plan, progress: Progress) -> tuple[nn.Module, Plan]:
         """A student fitted in forward order, or as it was where that is not asked for or does not help."""

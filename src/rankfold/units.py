@@ -31,6 +31,8 @@ from rankfold.search.prices import TRIALS, priced
 from rankfold.search.units import UnitCurve, cost_at, unit_curve
 from rankfold.search.widths import WIDTHS, Width, measure_width, units_of
 
+SURE = 1.3
+"""Standard errors by which agreement has to fall to count: one time in ten it does by chance."""
 EXAMPLES = 64
 """Inputs on which errors are priced, at most."""
 WORK = 2**43
@@ -142,14 +144,14 @@ def better(model: nn.Module, apart: nn.Module, ordered: nn.Module, batches: Sequ
     """Whether a student agrees with the original as well after its fits in forward order as before, on some inputs.
 
     Fits in forward order are regressions on noisy inputs: with few of them they overfit, and they give less than the
-    original did. They are worse where agreement falls by more than its standard error.
+    original did. They are worse where agreement falls by more than `SURE` of its standard errors.
     """
     try:
         before, after = (agreements(model, one, batches) for one in (apart, ordered))
     except ModelError:
         return True
     gained = after - before
-    return float(gained.mean()) >= -float(gained.std(correction=0)) / len(gained) ** 0.5
+    return float(gained.mean()) >= -SURE * float(gained.std(correction=0)) / len(gained) ** 0.5
 
 
 def united(curves: Sequence[Curve], widths: Sequence[Width], refused: Mapping[str, str], budget: Budget) -> list[Curve]:

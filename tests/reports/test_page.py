@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,9 +18,11 @@ import numpy as np
 import pytest
 import torch
 from command_line import run
+from PIL import Image
 from torch import nn
 
 from rankfold import ArtifactError, Budget, Result, compress, save
+from rankfold.calibration.pictured import pictures
 from rankfold.files.artifact import save_evaluation
 from rankfold.reports.page import write_page
 from rankfold.reports.page.pictures import Axis, lines, number, thinned
@@ -42,7 +48,11 @@ class Reader(HTMLParser):
             self.open.append(tag)
         if tag == "section":
             self.sections.append(given.get("id") or "")
-        self.fetched += [value for name, value in given.items() if name in ("src", "href", "srcset") and value]
+        self.fetched += [
+            value
+            for name, value in given.items()
+            if name in ("src", "href", "srcset") and value and not value.startswith("data:")
+        ]
         self.unnamed += given.get("role") == "img" and not given.get("aria-label")
 
     def handle_endtag(self, tag: str) -> None:
@@ -95,6 +105,26 @@ def test_everything_is_on_it(result: Result, tmp_path: Path):
         "",
         "exec",
     )
+
+
+def test_calibration_images_are_shown(result: Result, tmp_path: Path):
+    folder = save(result, tmp_path / "out")
+    shown = re.findall(
+        r'<img src="data:image/png;base64,([^"]+)" alt="Calibration input \d"', write_page(folder).read_text()
+    )
+    assert len(shown) == 8
+    image = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))[0]
+    found = torch.from_numpy(np.array(Image.open(io.BytesIO(base64.b64decode(shown[0]))))).permute(2, 0, 1)
+    low, high = image.min(), image.max()
+    assert torch.equal(found, (255 * (image - low) / (high - low)).round().to(torch.uint8))
+    without = save(replace(result, pictures=()), tmp_path / "without")
+    assert "inputs" not in read(write_page(without))[0].sections
+
+
+def test_pictures_are_of_images_alone_and_small():
+    assert pictures([torch.zeros(2, 4, 8, 8)]) == pictures([{"ids": torch.zeros(2, 9).long()}]) == pictures([]) == ()
+    (grey,) = pictures([torch.rand(1, 1, 300, 200)])
+    assert Image.open(io.BytesIO(base64.b64decode(grey.partition(",")[2]))).size == (64, 96)
 
 
 def test_every_chosen_point_lies_on_its_curve(result: Result, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -142,6 +143,9 @@ def compress(
     checkpoint: Annotated[
         Path | None, typer.Option(help="File that rene keeps its state in, and goes on from when started again.")
     ] = None,
+    pictures: Annotated[
+        bool, typer.Option(help="Keep small pictures of eight calibration images with the model, for its page.")
+    ] = True,
     finetune: Annotated[
         str | None, typer.Option(help="Data to fine-tune on at once; what was compressed is kept in OUT.compressed.")
     ] = None,
@@ -190,6 +194,8 @@ def compress(
         origin |= {"weights": str(weights.absolute()), "weights_sha256": digest(weights)}
     times = latency((source.model, result.model), example, seconds=TIMED)
     timed = {"latency_ms": dict(zip(("original", "compressed"), times, strict=True))}
+    if not pictures:
+        result = replace(result, pictures=())
     path = save(result, small, source=origin, metrics=timed)
     write_page(path)
     told, shown = (

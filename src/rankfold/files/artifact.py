@@ -33,7 +33,7 @@ from rankfold.pipeline import Result
 from rankfold.plan import KNOWN_PLAN, Plan
 
 PLAN, WEIGHTS, METRICS, STATE = "plan.json", "model.safetensors", "metrics.json", "state.json"
-TRACE, CURVES, EVALUATIONS = "trace.json", "curves.json", "evaluations.json"
+TRACE, CURVES, EVALUATIONS, INPUTS = "trace.json", "curves.json", "evaluations.json", "inputs.json"
 USAGE = "save(result, directory), save(model, plan, directory), or save(model, directory) for a model that was loaded"
 
 
@@ -171,6 +171,12 @@ def load_curves(directory: str | Path) -> dict[str, Any] | None:
     return _read_json(directory, CURVES, load_plan(directory))
 
 
+def load_pictures(directory: str | Path) -> list[str]:
+    """Some of what a saved model was calibrated on, as pictures in `data:` addresses; none where it was no images."""
+    found = _read_json(directory, INPUTS, load_plan(directory)) or {}
+    return [str(one) for one in found.get("pictures", ())]
+
+
 def save_evaluation(directory: str | Path, data: str, found: Mapping[str, Any]) -> None:
     """Keeps what a saved model was scored with on some data, in evaluations.json; the latest for each data counts.
 
@@ -267,6 +273,7 @@ def _write(folder: Path, result: Result, state: Mapping[str, Any], metrics: dict
     for name, optional in (
         (TRACE, result.trace and result.trace.as_dict()),
         (CURVES, dict(result.curves)),
+        (INPUTS, result.pictures and {"pictures": result.pictures}),
         (STATE, rest),
     ):
         if optional:

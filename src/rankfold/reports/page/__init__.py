@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rankfold.files.artifact import load_curves, load_evaluations, load_metrics, load_plan, load_trace, write_text
+from rankfold.files.artifact import (
+    load_curves,
+    load_evaluations,
+    load_metrics,
+    load_pictures,
+    load_plan,
+    load_trace,
+    write_text,
+)
 from rankfold.reports.page.content import content_of
 from rankfold.reports.page.front import front_of
 
@@ -23,6 +31,7 @@ def write_page(directory: str | Path, out: str | Path | None = None) -> Path:
     content = content_of(
         plan, load_metrics(directory), load_evaluations(directory), load_trace(directory), load_curves(directory)
     )
+    content["inputs"] = load_pictures(directory)
     return _written("page.html", content, Path(out) if out is not None else Path(directory) / NAME)
 
 
