@@ -88,7 +88,7 @@ def _measured(
     for (engine, calls), batch in itertools.product(engines.items(), TIMED):
         x = batches[0][:batch].numpy()
         if calls:
-            taken = in_turns([partial(call, x) for call in calls], rounds=200, warmup=5, seconds=40.0)
+            taken = in_turns([partial(call, x) for call in calls], rounds=200, warmup=5, seconds=15.0)
             times[f"{engine}_{batch}"] = [round(one / taken[0], 3) for one in taken]
     for place_of, ((label, bits), session) in enumerate(sessions.items()):
         keep(

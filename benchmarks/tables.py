@@ -323,7 +323,6 @@ DEFAULT = {
     "lost": "points lost",
     "time_kept_1": "time kept, one image",
     "time_kept_16": "sixteen",
-    "seconds": "seconds",
 }
 """The columns of every decomposition on a network."""
 QUANTISATION = {

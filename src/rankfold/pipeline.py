@@ -29,7 +29,7 @@ from rankfold.network.rehearsal import verified
 from rankfold.network.surgery import apply_plan
 from rankfold.network.timing.context import timing_of
 from rankfold.plan import KNOWN_PLAN, Plan
-from rankfold.planning import Decompositions, Task, as_json, assign, measure, placed, suited
+from rankfold.planning import Decompositions, Task, as_json, assign, measure, placed, suited, usual
 from rankfold.progress import Progress, silent
 from rankfold.punctual import punctual_plan
 from rankfold.search import Search
@@ -39,7 +39,7 @@ from rankfold.search.trace import Trace
 from rankfold.search.widths import Width
 from rankfold.units import about_means, better, hidden_channels, measure_widths, timed_parts, with_metric, with_prices
 
-FEWEST = 96
+FEWEST = 32
 """Calibration inputs from which on a network that lost channels is fitted in forward order; of fewer, too few are held
 back to tell whether that helps."""
 ALIGN = 8
@@ -79,7 +79,7 @@ def compress(
     model: nn.Module,
     example_inputs: Inputs,
     *,
-    decomposition: Decompositions = "tucker",
+    decomposition: Decompositions | None = None,
     budget: Budget,
     search: str | Search = "exact",
     calibration: str | Calibration | Iterable[Any] | None = "auto",
@@ -93,6 +93,9 @@ def compress(
     progress: Progress = silent,
 ) -> Result:
     """A smaller network within `budget`, with a rank chosen for every layer; `model` is left untouched.
+
+    Without a `decomposition` convolutions may become "cp3", matrices the SVD, and hidden activations may lose channels;
+    where the latency is limited, "spatial" takes the place of "cp3", whose depthwise stages are slow.
 
     `search` is a name of `rankfold.search.SEARCHES`, or a search of your own settings, such as `Rene(...)`.
 
@@ -245,7 +248,7 @@ def study(
     model: nn.Module,
     example_inputs: Inputs,
     *,
-    decomposition: Decompositions = "tucker",
+    decomposition: Decompositions | None = None,
     budget: Budget,
     search: str | Search = "exact",
     calibration: str | Calibration | Iterable[Any] | None = "auto",
@@ -266,6 +269,7 @@ def study(
     with limited(memory) as allowed:
         if refine < 0:
             raise BudgetError(f"refine {refine} must not be negative: it is a number of epochs, 0 for none")
+        decomposition = usual(budget) if decomposition is None else decomposition
         model = unwrapped(model)
         check_model(model)
         before = cost_of(model, example_inputs)

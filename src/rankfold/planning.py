@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from rankfold.budget import UNITS, Budget, Cost
+from rankfold.budget import LATENCY, UNITS, Budget, Cost
 from rankfold.decompositions import DECOMPOSITIONS, Factors
 from rankfold.decompositions.metric import Moment
 from rankfold.errors import BudgetError, ModelError, UnknownNameError
@@ -124,25 +124,34 @@ def placed(search: str | Search, model: nn.Module) -> str | Search:
 
 
 def suited(choices: Mapping[str, tuple[str, ...]], search: str | Search, *, blind: bool) -> dict[str, tuple[str, ...]]:
-    """The choices as far as a search can make them: of "auto", one that looks at layers' weights knows no units.
+    """The choices as far as a search can make them: one that looks at weights knows no units, of "auto" and the default.
 
     Nor are there any where the search is `blind`, with nothing known of inputs: then all channels look alike.
     """
     objective = getattr(search, "objective", None)
     weights = blind or search == "evbmf" or isinstance(search, Published) or isinstance(objective, NetworkObjective)
     return {
-        name: tuple(one for one in names if one != INTERPOLATIVE) if weights and names == AUTO else names
+        name: tuple(one for one in names if one != INTERPOLATIVE)
+        if weights and names in (AUTO, DEFAULT, FAST)
+        else names
         for name, names in choices.items()
     }
 
 
 AUTO = (*DECOMPOSITIONS, INTERPOLATIVE)
 """What "auto" stands for."""
+DEFAULT, FAST = ("cp3", INTERPOLATIVE), ("spatial", INTERPOLATIVE)
+"""What is taken where nothing is said, and where it is time that is limited: docs/choosing.md has the table."""
 _EMBEDDING = "an embedding: left whole, as the budget can be met without it; include it by name to have it decomposed"
 
 
 def _is_lookup(layer: LayerSpec) -> bool:
     return any(call.lookup for call in layer.shape.calls)
+
+
+def usual(budget: Budget) -> tuple[str, ...]:
+    """The decompositions that are taken where nothing but a budget is said."""
+    return FAST if LATENCY in budget.units else DEFAULT
 
 
 def assign(layers: Layers, decomposition: Decompositions) -> tuple[dict[str, tuple[str, ...]], Layers]:

@@ -193,7 +193,7 @@ def test_which_calibration_is_taken_and_why(normed: nn.Module, small_cnn: nn.Mod
     assert limited["metric"] == "frobenius"
     assert "limits the error" in limited["calibration_reason"]
     batches = (smooth(8, (3, 8, 8), seed) for seed in (1, 2))
-    settings = compress(normed, x, budget=budget, calibration=batches).plan.settings
+    settings = compress(normed, x, decomposition="tucker", budget=budget, calibration=batches).plan.settings
     assert (settings["calibration"], settings["calibration_samples"]) == ("given inputs", 16)
     assert settings["fitted"] == "in forward order"
 

@@ -176,7 +176,7 @@ def compress(
         result = run_compression(
             source.model,
             example,
-            decomposition=decompositions(decomposition or ["tucker"]),
+            decomposition=decompositions(decomposition) if decomposition else None,
             budget=limits,
             search=finder,
             calibration=_calibration(calibration, calibration_samples, length, source, example, shape),

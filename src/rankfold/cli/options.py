@@ -38,7 +38,8 @@ Decompositions = Annotated[
         "--decomposition",
         "-d",
         help="svd, spatial, tucker, tt, cp, cp3, ring, or interpolative (fewer channels between layers); "
-        "several with commas, or auto, for the best of all per layer; "
+        "several with commas, or auto, for the best of all per layer; by default cp3,interpolative, or "
+        "spatial,interpolative for a limit on the latency; "
         "PATTERN=NAME for the layers a glob matches (repeatable).",
     ),
 ]

@@ -276,7 +276,7 @@ def _command(plan: Plan) -> str:
     timed = settings.get("timed", {})
     words += ["--batch", str(timed["batch"]), "--threads", str(timed["threads"])] if timed else []
     words += ["--channels-last"] if timed.get("channels_last") else []
-    decomposition = settings.get("decomposition", "tucker")
+    decomposition = settings.get("decomposition", "cp3")
     named = [f"{one}={_names(two)}" for one, two in decomposition.items()] if isinstance(decomposition, dict) else None
     for one in named or [_names(decomposition)]:
         words += ["--decomposition", one]
@@ -307,6 +307,6 @@ def _code(plan: Plan) -> str:
     return (
         "import rankfold\n\n"
         "result = rankfold.compress(\n    model, example_inputs,\n"
-        f"    decomposition={settings.get('decomposition', 'tucker')!r}, budget=rankfold.Budget({budget}),\n"
+        f"    decomposition={settings.get('decomposition', 'cp3')!r}, budget=rankfold.Budget({budget}),\n"
         f"    calibration={data}{refine},\n)"
     )
