@@ -15,7 +15,7 @@ def batches(count: int) -> list[torch.Tensor]:
 
 
 def test_channels_may_go_as_well_as_ranks(small_cnn: nn.Module):
-    result = compress(small_cnn, batches(1)[0][:1], budget=Budget(macs=0.5), calibration=batches(2))
+    result = compress(small_cnn, batches(1)[0][:1], budget=Budget(macs=0.5), calibration=batches(1))
     assert result.plan.settings["decomposition"] == ["cp3", "interpolative"]
     assert {layer.decomposition for layer in result.plan.layers} <= {"cp3", "svd", None}
     assert result.plan.narrowings
@@ -37,5 +37,5 @@ def test_without_inputs_channels_stay(search: str, small_cnn: nn.Module):
 
 
 def test_few_inputs_are_enough_for_fits_in_forward_order(small_cnn: nn.Module):
-    settings = compress(small_cnn, batches(1)[0][:1], budget=Budget(macs=0.7), calibration=batches(1)).plan.settings
+    settings = compress(small_cnn, batches(1)[0][:1], budget=Budget(macs=0.8), calibration=batches(1)).plan.settings
     assert settings["fitted"] == "in forward order"

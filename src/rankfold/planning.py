@@ -124,7 +124,7 @@ def placed(search: str | Search, model: nn.Module) -> str | Search:
 
 
 def suited(choices: Mapping[str, tuple[str, ...]], search: str | Search, *, blind: bool) -> dict[str, tuple[str, ...]]:
-    """The choices as far as a search can make them: one that looks at weights knows no units, of "auto" and the default.
+    """The choices as far as a search can make them: one that looks at weights knows no units, of "auto" or the default.
 
     Nor are there any where the search is `blind`, with nothing known of inputs: then all channels look alike.
     """

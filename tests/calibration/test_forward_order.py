@@ -177,23 +177,23 @@ def test_what_happens_on_the_way_leaves_no_trace(normed: nn.Module):
 
 def test_which_calibration_is_taken_and_why(normed: nn.Module, small_cnn: nn.Module):
     x = smooth(1, (3, 8, 8))
-    budget = Budget(params=0.5)
-    settings = compress(normed, x, budget=budget, calibration_samples=16).plan.settings
+    options = {"decomposition": "tucker", "budget": Budget(params=0.5)}
+    settings = compress(normed, x, **options, calibration_samples=16).plan.settings
     assert settings["calibration"] == "synthetic inputs"
     assert settings["calibration_samples"] == 16
     assert settings["calibration_reason"] == "its 3 batch norms hold the statistics that inputs are matched to"
-    settings = compress(small_cnn, x, budget=budget, calibration_samples=16).plan.settings
+    settings = compress(small_cnn, x, **options, calibration_samples=16).plan.settings
     assert settings["calibration"] == "synthetic inputs"
     assert settings["calibration_reason"].startswith("noise with the spectrum of images, as it has no batch norms")
     vectors = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8)).eval()
     settings = compress(vectors, torch.zeros(1, 16), decomposition="svd", budget=Budget(params=0.7)).plan.settings
     assert (settings["metric"], settings["calibration"]) == ("frobenius", "none")
     assert "no batch norms" in settings["calibration_reason"]
-    limited = compress(normed, x, budget=Budget(error=0.1)).plan.settings
+    limited = compress(normed, x, decomposition="tucker", budget=Budget(error=0.1)).plan.settings
     assert limited["metric"] == "frobenius"
     assert "limits the error" in limited["calibration_reason"]
     batches = (smooth(8, (3, 8, 8), seed) for seed in (1, 2))
-    settings = compress(normed, x, decomposition="tucker", budget=budget, calibration=batches).plan.settings
+    settings = compress(normed, x, **options, calibration=batches).plan.settings
     assert (settings["calibration"], settings["calibration_samples"]) == ("given inputs", 16)
     assert settings["fitted"] == "in forward order"
 

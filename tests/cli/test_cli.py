@@ -135,7 +135,7 @@ def test_mistakes_are_one_line_and_exit_code_two(mistake: str, factory: str, tmp
     ],
 )
 def test_mistaken_budgets_and_searches(budget: str, search: str, message: str, tmp_path: Path, capsys, monkeypatch):
-    args = ("compress", "zoo:digits", "-b", budget, "--search", search, "--out", str(tmp_path / "o"))
+    args = ("compress", "zoo:digits", "-d", "tucker", "-b", budget, "--search", search, "--out", str(tmp_path / "o"))
     code, _, err = run(capsys, monkeypatch, *args)
     assert code == 2
     assert message in err

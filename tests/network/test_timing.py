@@ -167,12 +167,16 @@ def test_lookups_have_no_times() -> None:
     assert "Embedding" in found.untimed["0"]
 
 
-@pytest.mark.parametrize("decomposition", ["svd", ["svd", "interpolative"]])
-def test_a_limit_on_the_latency_was_measured_to_hold(decomposition: str | list[str]) -> None:
+def test_a_limit_on_the_latency_was_measured_to_hold() -> None:
     model, x = Images().eval(), torch.randn(4, 3, 32, 32)
     batches = [torch.randn(32, 3, 16, 16) for _ in range(4)]
     result = compress(
-        model, x, decomposition=decomposition, budget=Budget(latency=0.8), calibration=batches, sequential=False
+        model,
+        x,
+        decomposition=["svd", "interpolative"],
+        budget=Budget(latency=0.8),
+        calibration=batches,
+        sequential=False,
     )
     turns = result.plan.settings["latency_turns_ms"]
     assert 0 < result.after.latency <= 0.8 * result.before.latency

@@ -77,7 +77,12 @@ def read(path: Path) -> tuple[Reader, str]:
 @pytest.fixture(scope="module")
 def result() -> Result:
     batches = [torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
-    options = {"decomposition": "auto", "budget": Budget(macs=0.4), "calibration": batches, "refine": 1}
+    options = {
+        "decomposition": ["spatial", "interpolative"],
+        "budget": Budget(macs=0.4),
+        "calibration": batches,
+        "refine": 1,
+    }
     return compress(networks.small_cnn(), batches[0][:1], **options)
 
 
