@@ -55,11 +55,8 @@ def main() -> None:
     small = given.start or prepared(
         folder, given.work, given.decomposition, given.case, synthetic=bool(given.synthetic), refine=given.refine
     )
-    options = (
-        *(given.epochs, given.optimiser, given.rate, given.damping),
-        *(given.logits, given.ema, given.seed, given.batch_size),
-    )
-    tuned = given.work / f"{small.name}-{'-'.join(map(str, options))}{given.teacher}"
+    chosen = ("epochs", "optimiser", "rate", "damping", "logits", "ema", "seed", "batch_size")
+    tuned = given.work / f"{small.name}-{'-'.join(str(getattr(given, name)) for name in chosen)}{given.teacher}"
     teacher = (f"zoo:{given.teacher}", folder / "weights" / f"{given.teacher}.safetensors")
     training = Training(
         epochs=given.epochs,
@@ -118,8 +115,8 @@ def main() -> None:
     kept_records = json.loads(earlier[-1].read_text()) if earlier else []
     key = ("case", "decomposition", "epochs", "optimiser", "rate", "scaled", "damping", "teacher", "start", "inputs")
     usual = {"refine": 0, "logits": 1.0, "ema": 0.0, "seed": 0, "batch_size": 128}
-    same = [all({**usual, **old}.get(name) == one[name] for name in (*key, *usual)) for old in kept_records]
-    write([*(old for old, again in zip(kept_records, same, strict=True) if not again), one])
+    others = (old for old in kept_records if any({**usual, **old}.get(name) != one[name] for name in (*key, *usual)))
+    write([*others, one])
 
 
 def prepared(

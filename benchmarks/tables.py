@@ -368,19 +368,15 @@ def _fill_guides() -> None:
     records = [one for model in NETWORKS for one in reversed(best(model))]
     fill(docs / "accuracy.md", "accuracy", f"\n{rows_of(records, ACCURACY)}\n\n{source(records)}")
     longest = [one for one in newest("finetune") if one["case"] in ("tt", "cp", "fifth") and one["epochs"] >= 10]
-    ours = [
-        {**one, "epochs": one["epochs"] + one["epochs_before"]}
-        for one in longest
-        if one["top1"] == max(other["top1"] for other in longest if other["case"] == one["case"])
-    ]
+    last = {one["case"]: one for one in sorted(longest, key=lambda one: one["top1"])}
+    ours = [{**one, "epochs": one["epochs"] + one["epochs_before"]} for one in last.values()]
+    ours.sort(key=lambda one: -one["macs_kept"])
     fill(docs / "accuracy.md", "paper", f"\n{rows_of(ours, PAPER)}\n\n{source(ours)}")
-    records = gathered("default")
-    parts = [
-        f"### {model}, {100 * records_of[0]['budget']:.0f} % of the MACs\n\n{rows_of(records_of, DEFAULT)}"
-        for model in dict.fromkeys(one["model"] for one in records)
-        for records_of in [[one for one in records if one["model"] == model]]
-    ]
-    if records:
+    if records := gathered("default"):
+        parts = []
+        for model, budget in dict.fromkeys((one["model"], one["budget"]) for one in records):
+            rows = rows_of([one for one in records if one["model"] == model], DEFAULT)
+            parts.append(f"### {model}, {100 * budget:.0f} % of the MACs\n\n{rows}")
         fill(docs / "choosing.md", "default", "\n" + "\n\n".join([*parts, source(records)]))
     if records := gathered("quantisation"):
         fill(docs / "quantisation.md", "quantisation", f"\n{rows_of(records, QUANTISATION)}\n\n{source(records)}")

@@ -29,9 +29,13 @@ def write_page(directory: str | Path, out: str | Path | None = None) -> Path:
     """
     plan = load_plan(directory)
     content = content_of(
-        plan, load_metrics(directory), load_evaluations(directory), load_trace(directory), load_curves(directory)
+        plan,
+        load_metrics(directory),
+        load_evaluations(directory),
+        load_trace(directory),
+        load_curves(directory),
+        load_pictures(directory),
     )
-    content["inputs"] = load_pictures(directory)
     return _written("page.html", content, Path(out) if out is not None else Path(directory) / NAME)
 
 

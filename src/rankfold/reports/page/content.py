@@ -53,6 +53,7 @@ def content_of(
     evaluations: Mapping[str, Any],
     trace: Mapping[str, Any] | None,
     curves: Mapping[str, Any] | None,
+    pictures: Sequence[str],
 ) -> dict[str, Any]:
     """All that the template is filled with."""
     unit = next((one for one in plan.settings.get("budget", {}) if one in RESOURCES), "macs")
@@ -71,6 +72,7 @@ def content_of(
         ],
         "curves": _curves(plan, curves, unit),
         "history": _history(trace),
+        "inputs": pictures,
         "refined": [(name, 100 * before, 100 * after) for name, (before, after) in refined.items()],
         "training": _training(metrics),
         "skipped": _skipped(plan.skipped),
@@ -276,7 +278,7 @@ def _command(plan: Plan) -> str:
     timed = settings.get("timed", {})
     words += ["--batch", str(timed["batch"]), "--threads", str(timed["threads"])] if timed else []
     words += ["--channels-last"] if timed.get("channels_last") else []
-    decomposition = settings.get("decomposition", "cp3")
+    decomposition = settings.get("decomposition", "tucker")
     named = [f"{one}={_names(two)}" for one, two in decomposition.items()] if isinstance(decomposition, dict) else None
     for one in named or [_names(decomposition)]:
         words += ["--decomposition", one]
@@ -307,6 +309,6 @@ def _code(plan: Plan) -> str:
     return (
         "import rankfold\n\n"
         "result = rankfold.compress(\n    model, example_inputs,\n"
-        f"    decomposition={settings.get('decomposition', 'cp3')!r}, budget=rankfold.Budget({budget}),\n"
+        f"    decomposition={settings.get('decomposition', 'tucker')!r}, budget=rankfold.Budget({budget}),\n"
         f"    calibration={data}{refine},\n)"
     )
