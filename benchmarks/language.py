@@ -2,29 +2,36 @@
 
 SmolLM2-135M-Instruct is calibrated on 128 blocks of 512 tokens of WikiText-2's validation text, without training, and
 scored on 12 evenly spaced blocks of 1,024 tokens of its test text, and of a text of another kind, Python's own
-reference as `pydoc` has it. A case is METHOD:KEPT or METHOD:KEPT:EPOCHS, with the share of the parameters kept of what
-is neither embedding nor head, and epochs of refining by blocks.
+reference as `pydoc` has it. A case is METHOD:KEPT, METHOD:KEPT:EPOCHS or METHOD:KEPT:EPOCHS:INPUTS, with the share of
+the parameters kept of what is neither embedding nor head, epochs of refining by blocks, and what it is calibrated on:
+the validation text (`valid`), tokens that the model writes itself (`written`), half of each (`mixed`), or tokens at
+random (`random`).
 
 `uniform` is the low-rank baseline of published work: matrices whitened by the moment of what goes into them, the same
 fraction everywhere (SVD-LLM, arXiv 2403.07378); `uniform_in_order` fits them in forward order to what the ones before
 pass on, as its sequential update does. `energy` gives every matrix the same share of its energy in the metric, after
-ASVD (arXiv 2312.05821).
+ASVD (arXiv 2312.05821). `uniform_widths` takes the same width in every layer, which the ordinary class of transformers
+loads without rankfold; `embedding_too` lets the embedding, to which the head is tied, have a low rank as well, within
+as many parameters in all.
 """
 
 from __future__ import annotations
 
 import resource
+import time
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import torch
 from common import keep, parser, record, require_data
 from torch import Tensor
 from units import blocks, language, sizes
 
 from rankfold import Budget, study
+from rankfold.calibration.tokens import random_rows, written_rows
 from rankfold.evaluation import perplexity, speeds
 from rankfold.progress import silent
 
@@ -34,11 +41,41 @@ METHODS: dict[str, dict[str, Any]] = {
     "energy": {"decomposition": "svd", "search": "energy", "sequential": False},
     "svd": {"decomposition": "svd", "sequential": False},
     "widths": {"decomposition": "interpolative", "sequential": False},
+    "uniform_widths": {"decomposition": "interpolative", "search": "uniform", "sequential": False},
+    "embedding_too": {
+        "decomposition": {"*mlp*": "interpolative", "*embed_tokens": "svd"},
+        "include": ["*"],
+        "sequential": False,
+    },
     "both": {"decomposition": ["svd", "interpolative"], "sequential": False},
     "both_in_order": {"decomposition": ["svd", "interpolative"]},
 }
 """Options of `rankfold.compress`, by the name of a method."""
 KEPT = (0.9, 0.8, 0.7, 0.6)
+EVERY = (
+    *(f"{method}:{kept}" for method in METHODS for kept in KEPT),
+    *(f"widths:{kept}:2" for kept in KEPT),
+    *(f"widths:{kept}:0:{inputs}" for inputs in ("written", "mixed", "random") for kept in KEPT),
+)
+
+
+def parts(case: str) -> tuple[str, str, str, str]:
+    """A case's method, share kept, epochs and inputs."""
+    method, kept, epochs, inputs = (case.split(":") + ["0", "valid"][case.count(":") - 1 :])[:4]
+    return method, kept, epochs, inputs
+
+
+def calibration(kind: str, model: Any, valid: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Batches of tokens of some kind, as many as there are of the validation text."""
+    text = torch.cat([batch["input_ids"] for batch in valid])
+    example, vocabulary = text[:1], model.config.vocab_size
+    if kind == "random":
+        text = random_rows(example, vocabulary, len(text))
+    elif kind == "written":
+        text = written_rows(model, example, vocabulary, len(text))
+    elif kind == "mixed":
+        text = torch.stack([text[::2], written_rows(model, example, vocabulary, len(text) // 2)], 1).flatten(0, 1)
+    return [{"input_ids": part, "use_cache": False} for part in text.split(4)]
 
 
 def other_text(folder: Path) -> Tensor:
@@ -57,18 +94,20 @@ def main() -> None:
     made.add_argument("--rows", type=int, default=128, help="blocks to calibrate on")
     arguments = made.parse_args()
     text = require_data(arguments) / "wikitext2"
-    every = [f"{method}:{kept}" for method in METHODS for kept in KEPT]
-    model, inputs, tested = language(arguments.language, text, arguments.rows)
+    model, valid, tested = language(arguments.language, text, arguments.rows)
     texts = {"wikitext2": tested, "pydoc": other_text(arguments.language)}
     base = {name: perplexity(model, rows) for name, rows in texts.items()}
     outside, inside = sizes(model)
-    for method, cases in groupby(arguments.only or every, key=lambda case: case.split(":")[0]):
-        budgets = {case: Budget(params=int(outside + float(case.split(":")[1]) * inside)) for case in cases}
+    for (method, kind), cases in groupby(arguments.only or EVERY, key=lambda case: parts(case)[::3]):
+        budgets = {case: Budget(params=int(outside + float(parts(case)[1]) * inside)) for case in cases}
+        start = time.perf_counter()
+        inputs = calibration(kind, model, valid)
+        making = time.perf_counter() - start
         example = {"input_ids": inputs[0]["input_ids"][:1], "use_cache": False}
         first = next(iter(budgets.values()))
         measured = study(model, example, budget=first, calibration=inputs, **METHODS[method])
         for case, budget in budgets.items():
-            epochs = int([*case.split(":"), "0"][2])
+            epochs = int(parts(case)[2])
             result = replace(measured, refine=epochs).compress(budget, progress=silent)
             found = {name: perplexity(result.model, rows) for name, rows in texts.items()}
             timed = speeds((model, result.model), tested)
@@ -76,6 +115,7 @@ def main() -> None:
             entry = record(
                 case=case,
                 method=method,
+                inputs=kind,
                 epochs=epochs,
                 model="SmolLM2-135M-Instruct",
                 rows=arguments.rows,
@@ -85,6 +125,7 @@ def main() -> None:
                 nats_lost={name: round(one.loss - base[name].loss, 4) for name, one in found.items()},
                 speed_kept=[round(own / was, 3) for was, own in zip(*gained, strict=True)] if gained else None,
                 seconds=round(result.seconds, 1),
+                making_seconds=round(making, 1),
                 peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
             )
             keep([entry])

@@ -1,14 +1,15 @@
 """Latency as a budget: times predicted against times measured, and accuracy within a limit, beside plans under MACs.
 
-A case MODEL:DECOMPOSITIONS:LIMIT:BATCH is a plan within a share of the original's time. Its record holds what was
-predicted and measured of the first plan and the last, before any fit. With `--accuracy` the network is fitted on 500
+A case MODEL:DECOMPOSITIONS:LIMIT:BATCH is a plan within a share of the original's time, with :compiled that of what
+`torch.compile` makes of both. Its record holds what was predicted and measured of the first plan and the last, before
+any fit. With `--accuracy` the network is fitted on 500
 images and scored, beside the one of most MACs whose plan was measured to keep the limit as well (in steps of 5 %).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from common import keep, parser, record, require_data
@@ -22,16 +23,17 @@ from rankfold.progress import silent
 from rankfold.punctual import punctual_plan
 from rankfold.sources.models import build_model
 
-CASES = tuple(
-    f"{network}:{batch}"
-    for network in (
-        "resnet18:svd,interpolative:0.7",
-        "resnet50:svd,interpolative:0.7",
-        "mobilenet_v2:interpolative:0.7",
-        "cifar10_resnet20:svd,interpolative:0.85",
-        "smollm2:interpolative:0.7",
-    )
-    for batch in (1, 16)
+NETWORKS = (
+    "resnet18:svd,interpolative:0.7",
+    "resnet50:svd,interpolative:0.7",
+    "mobilenet_v2:interpolative:0.7",
+    "cifar10_resnet20:svd,interpolative:0.85",
+    "smollm2:interpolative:0.7",
+)
+CASES = (
+    *(f"{network}:{batch}" for network in NETWORKS for batch in (1, 16)),
+    "resnet18:svd,interpolative:0.7:1:compiled",
+    "cifar10_resnet20:svd,interpolative:0.85:16:compiled",
 )
 FEW = 32
 """Images that layers are measured on where only times matter."""
@@ -42,7 +44,22 @@ ROUNDS = 300
 def task(measured: Study, budget: Budget) -> Task:
     """What a study's plan is sought for."""
     search = placed(measured.search, measured.whole.model)
-    return Task(measured.model, measured.inputs, measured.whole, budget, search, measured.before, measured.whole_choice)
+    return Task(
+        measured.model,
+        measured.inputs,
+        measured.whole,
+        budget,
+        search,
+        measured.before,
+        measured.whole_choice,
+        compiled(measured),
+    )
+
+
+def compiled(measured: Study) -> bool:
+    """Whether the times of a study are those of compiled networks."""
+    found: bool = measured.settings.get("timed", {}).get("compiled", False)
+    return found
 
 
 def planned(measured: Study, budget: Budget) -> Found:
@@ -54,14 +71,18 @@ def planned(measured: Study, budget: Budget) -> Found:
 def timed(measured: Study, found: Found) -> tuple[float, float]:
     """Milliseconds of the original and of what a plan makes of it."""
     before, after = latency(
-        (measured.model, rehearsed(measured.model, found.plan)), measured.inputs, rounds=ROUNDS, seconds=SECONDS
+        (measured.model, rehearsed(measured.model, found.plan)),
+        measured.inputs,
+        rounds=ROUNDS,
+        seconds=SECONDS,
+        compiled=compiled(measured),
     )
     return before, after
 
 
 def started(folder: Path, case: str, text: Path | None, count: int, budget: Budget) -> tuple[Study, Any]:
     """What is measured of a case's network for a kind of budget, and what it is scored on."""
-    name, decomposition, _, batch = case.split(":")
+    name, decomposition, _, batch, *form = case.split(":")
     scored: Any = None
     batches: Any
     if name == "smollm2":
@@ -76,14 +97,20 @@ def started(folder: Path, case: str, text: Path | None, count: int, budget: Budg
         scored, batches = images(folder, name, count)
         example = batches[0][:1].repeat(int(batch), 1, 1, 1).contiguous(memory_format=torch.channels_last)
     return (
-        study(model, example, decomposition=decomposition.split(","), budget=budget, calibration=batches),
+        study(
+            cast(Any, torch.compile(model)) if form else model,
+            example,
+            decomposition=decomposition.split(","),
+            budget=budget,
+            calibration=batches,
+        ),
         scored,
     )
 
 
 def predicted(folder: Path, case: str, text: Path | None) -> dict[str, Any]:
     """How far what is predicted is from what is measured."""
-    name, decomposition, limit, batch = case.split(":")
+    name, decomposition, limit, batch, *form = case.split(":")
     measured, _ = started(folder, case, text, FEW, Budget(latency=float(limit)))
     found = planned(measured, measured.budget)
     turns = found.plan.settings["latency_turns_ms"]
@@ -93,6 +120,7 @@ def predicted(folder: Path, case: str, text: Path | None) -> dict[str, Any]:
         model=name,
         method=decomposition,
         batch=int(batch),
+        compiled=bool(form),
         limit=float(limit),
         original_ms=round(before, 3),
         turns_ms=turns,

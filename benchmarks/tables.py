@@ -264,6 +264,7 @@ LATENCY = {
     "model": "network",
     "method": "decomposition",
     "batch": "batch",
+    "form": "form",
     "original_ms": "original, ms",
     "first_off": "first plan, predicted over measured − 1",
     "last_off": "last plan",
@@ -455,7 +456,11 @@ def _fill_sizes() -> None:
     """The tables of limits on latency, and of models larger than memory."""
     records = gathered("latency_budget")
     for marker, columns, field in (("latency_budget", LATENCY, "first_off"), ("latency_accuracy", WITHIN, "lost")):
-        part = [{**one, "turns": len(one.get("turns_ms", ()))} for one in records if field in one]
+        part = [
+            {**one, "turns": len(one.get("turns_ms", ())), "form": "compiled" if one.get("compiled") else "as it is"}
+            for one in records
+            if field in one
+        ]
         if part:
             fill(ROOT / "docs" / "latency.md", marker, f"\n{rows_of(part, columns)}\n\n{source(part)}")
     if records := gathered("large"):

@@ -18,6 +18,8 @@ from torch import nn
 from rankfold.budget import Budget, Cost
 from rankfold.calibration.asked import calibrated
 from rankfold.calibration.moments import Calibration
+from rankfold.decompositions.interpolative import Elimination
+from rankfold.decompositions.wiring import Call, LayerShape
 from rankfold.memory import trim
 from rankfold.network.costs import cost_of
 from rankfold.network.finding import Layers, find_layers
@@ -25,13 +27,15 @@ from rankfold.network.opening import Opened, opened, within
 from rankfold.network.passes import Inputs
 from rankfold.network.rehearsal import rehearse
 from rankfold.network.surgery import apply_plan
-from rankfold.plan import LayerPlan, Narrowing, Plan, channels_named
+from rankfold.plan import ChannelSet, LayerPlan, LayerSpec, Narrowing, Plan, Port, channels_named
 from rankfold.planning import Decompositions, assign, drawn_up, irreplaceable, measure, outcome, pose
 from rankfold.progress import Progress, silent
 from rankfold.search import search as known_search
 from rankfold.search import settle
-from rankfold.search.curves import Curve, subset
+from rankfold.search.curves import Curve, Fit, Price, subset
 from rankfold.search.prices import priced
+from rankfold.search.units import UnitCurve
+from rankfold.search.widths import Width
 from rankfold.units import about_means, hidden_channels, measure_widths, united, with_metric
 
 PRICED = 2
@@ -54,6 +58,28 @@ class BlockCurves:
         """The plan of the block with the chosen candidates of the curves that have a choice."""
         plan = drawn_up(pairs, self.curves, self.layers, pose(self.curves, self.cost, budget), {})
         return replace(plan, opened=within(self.openings, [layer.name for layer in plan.changed]))
+
+
+KINDS: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (
+        BlockCurves,
+        Call,
+        ChannelSet,
+        Cost,
+        Curve,
+        Elimination,
+        Fit,
+        LayerShape,
+        LayerSpec,
+        Layers,
+        Port,
+        Price,
+        UnitCurve,
+        Width,
+    )
+}
+"""What `BlockCurves` are made of, by name."""
 
 
 def measure_block(

@@ -20,7 +20,7 @@ from rankfold.decompositions.metric import Moment
 from rankfold.errors import BudgetError
 from rankfold.memory import PLENTY, limited
 from rankfold.network.checks import check_copies, check_model
-from rankfold.network.copies import duplicate, unwrapped
+from rankfold.network.copies import duplicate, is_compiled, unwrapped
 from rankfold.network.costs import cost_of
 from rankfold.network.finding import Layers, find_layers
 from rankfold.network.opening import Opened, opened
@@ -128,7 +128,8 @@ def compress(
 
     A limit on the latency is one on the time of a pass over the example inputs, as they are (batch, memory format,
     device), with the threads that PyTorch has now. Layers are timed in the network, their other forms by themselves,
-    and the plan that is found is timed beside the original, and sought again where it misses the limit.
+    and the plan that is found is timed beside the original, and sought again where it misses the limit. Of a model that
+    `torch.compile` gave, it is the time of compiled networks that is limited; what comes out is not compiled yet.
 
     `memory` limits what is taken besides the networks and the inputs: bytes, or a text such as "4GB"; by default half
     of what is free. Where it is tight, moments are kept in files, and fewer passes wait in forward order.
@@ -200,6 +201,7 @@ class Study:
             placed(self.search, self.whole.model),
             self.before,
             self.whole_choice,
+            self.settings.get("timed", {}).get("compiled", False),
         )
         found = punctual_plan(task, self.layers, self.curves, self.widths, progress=progress)
         plan = replace(found.plan, settings={**found.plan.settings, **self.settings})
@@ -270,7 +272,7 @@ def study(
         if refine < 0:
             raise BudgetError(f"refine {refine} must not be negative: it is a number of epochs, 0 for none")
         decomposition = usual(budget) if decomposition is None else decomposition
-        model = unwrapped(model)
+        compiled, model = is_compiled(model), unwrapped(model)
         check_model(model)
         before = cost_of(model, example_inputs)
         check_copies(model, example_inputs)
@@ -283,9 +285,12 @@ def study(
         sets = hidden_channels(whole.model, example_inputs, layers, choices)
         timing: dict[str, Any] = {}
         if LATENCY in budget.units:
-            layers, sets, before = timed_parts(model, whole.model, example_inputs, layers, sets, before, progress)
+            layers, sets, before = timed_parts(
+                model, whole.model, example_inputs, layers, sets, before, compiled=compiled, progress=progress
+            )
             choices = {layer.name: choices[layer.name] for layer in layers.found}
-            timing, align = {"timed": timing_of(model, example_inputs)}, align or ALIGN
+            timing = {"timed": {**timing_of(model, example_inputs), "compiled": compiled}}
+            align = align or ALIGN
         known = calibrated(
             whole.model,
             with_metric(layers, choices, sets),

@@ -48,7 +48,8 @@ class Found:
 class Task:
     """What a plan is sought for: a network on example inputs, as it is and opened, and a budget.
 
-    `whole_choice` says that the user named the layers, embeddings among them or not.
+    `whole_choice` says that the user named the layers, embeddings among them or not; `compiled`, that latencies are
+    those of compiled networks.
     """
 
     model: nn.Module
@@ -58,6 +59,7 @@ class Task:
     search: str | Search
     before: Cost
     whole_choice: bool
+    compiled: bool = False
 
 
 def feasible_plan(

@@ -56,10 +56,12 @@ def timed_parts(
     layers: Layers,
     channels: Channels,
     before: Cost,
+    *,
+    compiled: bool = False,
     progress: Progress = silent,
 ) -> tuple[Layers, Channels, Cost]:
     """The layers and channels of an opened network with what they take, and the original's cost with its latency."""
-    found = timed(model, original, inputs, layers.found, channels.found, progress=progress)
+    found = timed(model, original, inputs, layers.found, channels.found, compiled=compiled, progress=progress)
     return (
         Layers(found.layers, {**layers.skipped, **found.untimed}),
         replace(channels, found=found.sets),

@@ -8,6 +8,8 @@ from torch import nn
 
 from rankfold import Budget, DataError, compress
 from rankfold.calibration.synthetic import advice, pink_noise, synthetic_inputs, synthetic_like
+from rankfold.calibration.tokens import random_rows
+from rankfold.sources.models import optional
 
 
 @pytest.fixture
@@ -132,3 +134,30 @@ class OfFour(nn.Module):
 def test_batches_have_the_examples_size_where_the_network_takes_no_other():
     made = synthetic_like(OfFour().eval(), torch.zeros(4, 3, 8, 8), 10)
     assert [len(batch) for batch in made] == [4, 4, 4]
+
+
+def test_a_model_that_predicts_the_next_token_writes_its_own_inputs():
+    """What it writes is likely to it, at random tokens are not; and it is the same whenever it is asked."""
+    transformers = optional("transformers", "hf")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=60, max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)  # surer of what comes next
+    example = {"input_ids": torch.arange(24)[None], "use_cache": False}
+    assert advice(model, example) == ("synthetic", "tokens that it writes itself; a few real inputs are better")
+    batches = synthetic_like(model, example, 40)
+    assert [batch["input_ids"].shape for batch in batches] == [(40, 24)]
+    assert batches[0]["use_cache"] is False
+    again = synthetic_like(model, example, 40)
+    assert torch.equal(batches[0]["input_ids"], again[0]["input_ids"])
+    chance = random_rows(example["input_ids"], 60, 40)
+
+    def loss(rows: torch.Tensor) -> float:
+        with torch.no_grad():
+            return float(model(input_ids=rows, labels=rows).loss)
+
+    assert loss(batches[0]["input_ids"]) < 0.9 * loss(chance)

@@ -158,3 +158,34 @@ def test_a_language_model_is_fine_tuned_on_text(llama: Path, tmp_path: Path, cap
     )
     code, _, err = run(capsys, monkeypatch, "finetune", str(out), "--data", "text:none.txt", "--out", str(tuned))
     assert (code, "none.txt does not exist" in err) == (2, True)
+
+
+def test_a_model_of_sentences_is_scored_on_pairs(llama: Path, tmp_path: Path, capsys, monkeypatch):
+    config = transformers.BertConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=60,
+    )  # fmt: skip
+    bert, out, pairs = tmp_path / "bert", tmp_path / "small", tmp_path / "pairs.csv"
+    transformers.BertModel(config).save_pretrained(bert)
+    transformers.AutoTokenizer.from_pretrained(llama).save_pretrained(bert)
+    drawn = random.Random(0)
+    rows = [
+        [" ".join(drawn.choices(WORDS, k=drawn.randint(2, 6))) for _ in "ab"] + [str(drawn.random())] for _ in range(9)
+    ]
+    pairs.write_text("\n".join(map(",".join, rows)), encoding="utf-8")
+    capsys.readouterr()
+    code, _, err = run(
+        capsys, monkeypatch, "compress", f"hf:{bert}", "-d", "svd", "-b", "params=0.9", "--out", str(out),
+        "--calibration", "synthetic", "--json",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    code, told, _ = run(capsys, monkeypatch, "evaluate", str(out), "--data", f"pairs:{pairs}", "--json")
+    report = json.loads(told)
+    assert (code, report["pairs"]) == (0, 9)
+    for side in ("original", "compressed"):
+        assert -100 <= report[side]["spearman"] <= 100
+        assert report[side]["latency_ms"] > 0
+    code, shown, _ = run(capsys, monkeypatch, "evaluate", str(out), "--data", f"pairs:{pairs}")
+    assert code == 0
+    assert "Spearman %" in shown
+    assert "9 pairs of sentences" in shown
+    assert "Spearman, pairs.csv" in (out / "report.html").read_text(encoding="utf-8")

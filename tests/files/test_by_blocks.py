@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command_line import run  # type: ignore[import-not-found]
 from safetensors.torch import load_file
 
 from rankfold import ArtifactError, Budget, BudgetError, ModelError, compress, compress_files, plan_of
+from rankfold.files.records import read_record, write_record
 from rankfold.files.stream import row_of, skeleton
+from rankfold.search.curves import Price
 from rankfold.sources.models import optional
 
 transformers = optional("transformers", "hf")
@@ -144,6 +147,71 @@ def test_no_more_than_one_block_is_in_memory(tmp_path: Path, monkeypatch: pytest
     compress_files(tmp_path / "whole", tmp_path / "small", budget=Budget(params=0.8))
     assert most[0] == 1
     assert len(row) == 3
+
+
+class Killed(BaseException):
+    """What ends a run at once."""
+
+
+@pytest.mark.parametrize("where", ["measure_block", "fit_block"])
+@pytest.mark.parametrize("choices", [["svd", "interpolative"], ["cp3"]])
+def test_a_run_that_was_killed_goes_on_to_the_same_result(
+    where: str, choices: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rankfold.files import by_blocks
+
+    saved(tmp_path / "whole", CONFIGS["llama"]())
+    options: dict[str, Any] = {"budget": Budget(params=0.75), "decomposition": choices, "memory": "1GB"}
+    given = list(tokens(64).split(4))
+    plan = compress_files(tmp_path / "whole", tmp_path / "straight", calibration=given, **options)
+    work, calls = getattr(by_blocks, where), []
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise Killed
+        return work(*args, **kwargs)
+
+    monkeypatch.setattr(by_blocks, where, dying)
+    options |= {"calibration": given, "resume": True}
+    with pytest.raises(Killed):
+        compress_files(tmp_path / "whole", tmp_path / "small", **options)
+    assert (tmp_path / ".small.partial").is_dir()
+    with pytest.raises(ArtifactError, match=r"another run \(its budget differ\)"):
+        compress_files(tmp_path / "whole", tmp_path / "small", **{**options, "budget": Budget(params=0.7)})
+    again = compress_files(tmp_path / "whole", tmp_path / "small", **options)
+    assert len(calls) == 4  # two blocks, the one that it died at, and that one again
+    assert again == plan
+    for path in sorted((tmp_path / "straight").iterdir()):
+        assert (tmp_path / "small" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["small", "straight", "whole"]
+
+
+def test_without_being_asked_for_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rankfold.files import by_blocks
+
+    saved(tmp_path / "whole", CONFIGS["llama"]())
+    monkeypatch.setattr(by_blocks, "fit_block", lambda *_, **__: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        compress_files(tmp_path / "whole", tmp_path / "small", budget=Budget(params=0.8))
+    assert [one.name for one in tmp_path.iterdir()] == ["whole"]
+
+
+def test_records_come_back_and_nothing_else_is_made(tmp_path: Path) -> None:
+    price = Price((0.5, float("inf")), (1.0, 2.0))
+    record = {"a": (price, [1, None, "x"]), 3: np.arange(4).reshape(2, 2), "b": torch.ones(2, dtype=torch.bfloat16)}
+    write_record(tmp_path / "record", record)
+    found = read_record(tmp_path / "record", {"Price": Price})
+    assert found["a"] == record["a"]
+    assert np.array_equal(found[3], np.arange(4).reshape(2, 2))
+    assert torch.equal(found["b"], torch.ones(2, dtype=torch.bfloat16))
+    for kinds, content in (({}, None), ({"Price": Price}, b"cut off")):
+        if content:
+            (tmp_path / "record").write_bytes(content)
+        with pytest.raises(ArtifactError, match="cannot be read"):
+            read_record(tmp_path / "record", kinds)
+    with pytest.raises(TypeError, match="set is no number"):
+        write_record(tmp_path / "record", {1})
 
 
 def test_what_cannot_be_done_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,6 +125,37 @@ def test_a_network_that_decides_by_its_data_is_a_line(tmp_path: Path):
     folder = save(made, tmp_path / "small", source={"model": f"{tmp_path / 'fickle.py'}:make", "input_shape": [16]})
     with pytest.raises(ModelError, match="the network cannot be exported: "):
         finalize(folder, tmp_path / "model.pt2")
+
+
+def test_an_operator_that_onnx_lacks_is_named_with_its_layer(tmp_path: Path):
+    (tmp_path / "odd.py").write_text(
+        "import torch\nfrom torch import nn\n\n"
+        "@torch.library.custom_op('rankfold_tests::odd', mutates_args=())\n"
+        "def odd(x: torch.Tensor) -> torch.Tensor:\n    return x.clone()\n\n"
+        "@odd.register_fake\ndef _(x):\n    return torch.empty_like(x)\n\n"
+        "class Odd(nn.Module):\n    def forward(self, x):\n        return odd(x)\n\n"
+        "def make():\n"
+        "    return nn.Sequential(nn.Linear(16, 16), nn.Sequential(nn.ReLU(), Odd()), nn.Linear(16, 16))\n"
+    )
+    source = build_model(f"{tmp_path / 'odd.py'}:make")
+    made = compress(source.model, torch.ones(1, 16), decomposition="svd", budget=Budget(params=0.8), calibration="none")
+    folder = save(made, tmp_path / "small", source={"model": f"{tmp_path / 'odd.py'}:make", "input_shape": [16]})
+    with pytest.raises(
+        ModelError, match=r"1\.1: its operator rankfold_tests\.odd\.default cannot be written as ONNX: "
+    ):
+        finalize(folder, tmp_path / "model.onnx")
+    assert sorted(one.name for one in tmp_path.iterdir() if one.suffix in ("", ".onnx")) == ["small"]
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.pt2"])
+def test_a_full_disk_is_a_line_and_leaves_nothing(name: str, digits: Path, tmp_path: Path):
+    command = ("-m", "rankfold", "finalize", str(digits), "--out", str(tmp_path / name))
+    script = f'ulimit -f 8; exec "{sys.executable}" {shlex.join(command)}'  # 8 blocks; the file is larger
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "nothing was changed" in done.stderr
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["small"]
 
 
 def test_the_command_line_tells_both_times(digits: Path, tmp_path: Path, capsys, monkeypatch):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from cases import BATCHED, NAMES, Case  # type: ignore[import-not-found]
 from command_line import run  # type: ignore[import-not-found]
 from torch import nn
 
-from rankfold import Budget, BudgetError, compress, punctual
+from rankfold import Budget, BudgetError, ModelError, compress, punctual
 from rankfold.budget import Cost
 from rankfold.decompositions import wiring_of
 from rankfold.network.channels import find_channels
@@ -25,6 +27,7 @@ from rankfold.network.timing.context import timed
 from rankfold.network.timing.operations import Operation, Stopwatch
 from rankfold.network.timing.stages import LADDER, LayerTimes
 from rankfold.network.timing.turns import latency
+from rankfold.plan import Plan
 
 CPU = torch.device("cpu")
 
@@ -193,6 +196,52 @@ def test_a_limit_on_the_latency_was_measured_to_hold() -> None:
     assert after < before
 
 
+def test_a_limit_for_a_compiled_model_is_on_the_time_of_compiled_networks() -> None:
+    model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512)).eval()
+    x = torch.randn(64, 512)
+    compiled = cast(nn.Module, torch.compile(model))
+    result = compress(compiled, x, decomposition="svd", budget=Budget(latency=0.8), calibration="none")
+    assert result.plan.settings["timed"]["compiled"] is True
+    assert 0 < result.after.latency <= 0.8 * result.before.latency
+    assert type(result.model) is nn.Sequential
+
+
+def test_a_model_that_cannot_be_compiled_is_not_timed_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model: nn.Module, **_: object) -> object:
+        raise RuntimeError("no compiler found")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(ModelError, match=r"cannot be compiled here \(no compiler found\).*C\+\+"):
+        latency([nn.Linear(4, 4)], torch.randn(1, 4), compiled=True)
+
+
+def test_later_plans_are_predicted_by_what_the_first_was_off_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of layers' times that are a third too low are told from the second plan on."""
+    model, x = Images().eval(), torch.randn(4, 3, 32, 32)
+
+    def sums(models: Sequence[nn.Module], *_: object, **__: object) -> tuple[float, ...]:
+        return tuple(1e-6 * taken[id(one)] for one in models)
+
+    taken: dict[int, float] = {}
+
+    def made(_: nn.Module, plan: Plan) -> nn.Module:
+        student = nn.Identity()
+        taken[id(student)] = 1.5 * plan.after.latency
+        kept.append(student)
+        taken[id(model)] = plan.before.latency
+        return student
+
+    kept: list[nn.Module] = []
+    monkeypatch.setattr(punctual, "rehearsed", made)
+    monkeypatch.setattr(punctual, "latency", sums)
+    result = compress(model, x, decomposition="svd", budget=Budget(latency=0.8), calibration="none")
+    first, *later = result.plan.settings["latency_turns_ms"]
+    assert first[0] / first[1] == pytest.approx(1 / 1.5, rel=1e-3)
+    assert later
+    for predicted, measured in later:
+        assert predicted == pytest.approx(measured, rel=1e-3)
+
+
 def test_a_limit_that_no_plan_keeps_names_the_fastest() -> None:
     model, x = Images().eval(), torch.randn(1, 3, 32, 32)
     with pytest.raises(BudgetError, match=r"smallest feasible one is latency=0\.\d+ \([\d.]+ ms\)"):
@@ -247,3 +296,11 @@ def test_the_command_line_limits_time(
     page = (out / "report.html").read_text()
     assert "plans were timed beside the original" in page
     assert "--channels-last" in page
+
+
+def test_what_is_expected_rises_through_what_was_measured() -> None:
+    known = punctual._rising([(100.0, 100.0), (80.0, 40.0), (90.0, 35.0)])  # the last two are the same within noise
+    assert [punctual._through(*known, total) for total in (80, 95, 40, 200)] == [40, 70, 20, 200]
+    assert [punctual._through(*known[::-1], wanted) for wanted in (70, 20)] == [95, 40]
+    slower = punctual._rising([(100.0, 100.0), (80.0, 120.0)])  # a plan that takes longer than the original
+    assert punctual._through(*slower[::-1], 60) == 40

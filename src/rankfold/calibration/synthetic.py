@@ -7,7 +7,7 @@ them hold again (Yin et al., DeepInversion, arXiv 1912.08795, equation 4). What 
 inputs, so that they keep the spectrum and colours of images (Olah et al., Feature Visualization, Distill 2017, on
 preconditioning).
 
-Networks that take tokens are given random ones: no statistics of language, but the range of the embeddings.
+Networks that take tokens are given some (`calibration/tokens`).
 """
 
 from __future__ import annotations
@@ -22,16 +22,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rankfold.calibration.tokens import (
+    batches_like,
+    example_of,
+    random_rows,
+    tokens_of,
+    writes,
+    written_rows,
+)
 from rankfold.errors import DataError
 from rankfold.network.hooks import attached
-from rankfold.network.passes import Inputs, arguments_of, copied, describe_inputs, device_of, evaluating, run, seeded
+from rankfold.network.passes import Inputs, arguments_of, describe_inputs, evaluating, run
 from rankfold.network.tracing import holds_statistics
 from rankfold.progress import Progress, silent
 
 SAMPLES, FEWEST = 512, 32
 """Inputs made by default, at most and at least."""
 TOKENS = 2**13
-"""Tokens drawn by default."""
+"""Tokens of all of them together, about."""
 POSITIONS = 2**19
 """Positions (pixels) of all of them together, between these bounds."""
 CORRELATION = 0.9
@@ -75,7 +83,9 @@ def coloured(white: Float[Tensor, "n c *places"]) -> Float[Tensor, "n c *places"
 def advice(model: nn.Module, example_inputs: Inputs) -> tuple[str, str]:
     """Which calibration a network is best given when its user has no inputs, "synthetic" or "none", and why."""
     norms, shape = _norms(model), input_shape(example_inputs)
-    tokens = _tokens(model, example_inputs) if shape is None else None
+    tokens = tokens_of(model, example_inputs) if shape is None else None
+    if tokens and writes(model, example_of(example_inputs, tokens[0])):
+        return "synthetic", "tokens that it writes itself; a few real inputs are better"
     if tokens:
         return "synthetic", f"random tokens of its vocabulary of {tokens[1]:,}; a few real inputs are better"
     if shape is None:
@@ -113,81 +123,27 @@ def synthetic_like(
         return synthetic_inputs(
             model, shape, count or usual_count(shape), seed=seed, batch_size=batch, progress=progress
         )
-    tokens = _tokens(model, example_inputs)
+    tokens = tokens_of(model, example_inputs)
     if tokens is None:
         raise DataError(
             f"synthetic inputs are made for one tensor of numbers, or tokens, not {describe_inputs(example_inputs)}; "
             "give a few unlabelled inputs as calibration"
         )
+    place, vocabulary = tokens
+    example = example_of(example_inputs, place)
 
     def repeated(rows: int) -> Inputs:
-        return random_tokens(example_inputs, *tokens, rows, batch_size=rows)[0]
+        return batches_like(example_inputs, place, random_rows(example, vocabulary, rows), rows)[0]
 
-    rows = len(_arguments(example_inputs)[tokens[0]])
-    batch = _batch_size(model, rows, repeated)
-    return random_tokens(example_inputs, *tokens, count, seed=seed, batch_size=batch)
-
-
-def random_tokens(
-    example_inputs: Inputs,
-    place: int | str,
-    vocabulary: int,
-    count: int | None = None,
-    *,
-    seed: int = 0,
-    batch_size: int = BATCH,
-) -> list[Inputs]:
-    """Batches like the example inputs, with uniformly drawn tokens in the argument at `place`, a position or a name.
-
-    The first and last token of every row, which often mark its ends, and all other arguments are those of the example's
-    rows, in turn. By default there are `TOKENS` tokens, and at least `FEWEST` rows.
-    """
-    given = _arguments(example_inputs)
-    rows, length = given[place].shape[0], max(given[place][0].numel(), 1)
-    count = count or max(FEWEST, min(SAMPLES, TOKENS // length))
-    generator = torch.Generator().manual_seed(seed)
-    batches: list[Inputs] = []
-    for start in range(0, count, batch_size):
-        end = min(start + batch_size, count) if batch_size == BATCH else start + batch_size
-        chosen = torch.arange(start, end) % rows
-        batch = {
-            key: value[chosen.to(value.device)] if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
-            for key, value in given.items()
-        }
-        drawn = torch.randint(vocabulary, batch[place].shape, generator=generator)
-        batch[place][:, 1:-1] = drawn[:, 1:-1].to(batch[place])
-        batches.append({str(k): v for k, v in batch.items()} if isinstance(place, str) else tuple(batch.values()))
-    return batches
-
-
-def _arguments(inputs: Inputs) -> dict[int | str, Any]:
-    """What a model is called with, by position or name."""
-    args, kwargs = arguments_of(inputs)
-    return dict(cast(Any, [*enumerate(args), *kwargs.items()]))
-
-
-def _tokens(model: nn.Module, example_inputs: Inputs) -> tuple[int | str, int] | None:
-    """Which argument holds tokens, and out of how many: the rows of the largest embedding that it is an index into."""
-    args, kwargs = arguments_of(copied(example_inputs, device_of(model)))
-    given = cast("dict[int | str, Any]", dict([*enumerate(args), *kwargs.items()]))
-    integers = {
-        place: ids
-        for place, ids in given.items()
-        if isinstance(ids, Tensor) and ids.ndim > 1 and ids.dtype in (torch.int64, torch.int32)
-    }
-    read: list[tuple[int | str, int]] = []
-
-    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        rows = cast(nn.Embedding, module).num_embeddings
-        same = [place for place, ids in integers.items() if inputs and inputs[0].data_ptr() == ids.data_ptr()]
-        read.extend((place, rows) for place in same)
-
-    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    if integers and embeddings:
-        hooks = attached(module.register_forward_pre_hook(note) for module in embeddings)
-        with hooks, evaluating(model), seeded(model), torch.no_grad():
-            model(*args, **kwargs)
-    return max(read, key=lambda one: one[1], default=None)
+    batch = _batch_size(model, len(example), repeated)
+    count = count or max(FEWEST, min(SAMPLES, TOKENS // max(example[0].numel(), 1)))
+    if batch != BATCH:  # the network takes batches of this size alone
+        count = math.ceil(count / batch) * batch
+    if writes(model, example):
+        drawn = written_rows(model, example, vocabulary, count, seed=seed, progress=progress)
+    else:
+        drawn = random_rows(example, vocabulary, count, seed=seed)
+    return batches_like(example_inputs, place, drawn, batch)
 
 
 def _batch_size(model: nn.Module, rows: int, repeated: Callable[[int], Inputs]) -> int:

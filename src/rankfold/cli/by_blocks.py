@@ -33,6 +33,9 @@ def compress_files(
             help="Limit to what is taken besides a block and what reaches it: 4GB; default half of what is free."
         ),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what is done beside OUT if stopped, and go on from the last block.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compress a model that does not fit into memory: its blocks are read, fitted and written one by one."""
@@ -48,6 +51,7 @@ def compress_files(
             decomposition=decompositions(decomposition or ["svd"]),
             calibration=batches,
             memory=memory,
+            resume=resume,
             progress=progress,
         )
     if as_json:

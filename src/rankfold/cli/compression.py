@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -139,6 +139,9 @@ def compress(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads that PyTorch may use; default its own number.")
     ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Times are those of networks that torch.compile has compiled.")
+    ] = False,
     device: Device = "auto",
     checkpoint: Annotated[
         Path | None, typer.Option(help="File that rene keeps its state in, and goes on from when started again.")
@@ -158,6 +161,9 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Make a smaller model within a budget, and save it; with --finetune, recover its accuracy too."""
+    import torch
+    from torch import nn
+
     from rankfold.budget import Budget
     from rankfold.evaluation import latency
     from rankfold.files.artifact import check_target, digest, save
@@ -174,7 +180,7 @@ def compress(
     finder = _search(search, objective, source, shape, data=data, samples=samples, checkpoint=checkpoint)
     with progress_bars(as_json) as progress:
         result = run_compression(
-            source.model,
+            cast(nn.Module, torch.compile(source.model)) if compiled else source.model,
             example,
             decomposition=decompositions(decomposition) if decomposition else None,
             budget=limits,
@@ -192,7 +198,7 @@ def compress(
     origin: dict[str, Any] = {"model": model, "seed": seed, **({"input_shape": list(shape)} if shape else {})}
     if weights:
         origin |= {"weights": str(weights.absolute()), "weights_sha256": digest(weights)}
-    times = latency((source.model, result.model), example, seconds=TIMED)
+    times = latency((source.model, result.model), example, seconds=TIMED, compiled=compiled)
     timed = {"latency_ms": dict(zip(("original", "compressed"), times, strict=True))}
     if not pictures:
         result = replace(result, pictures=())

@@ -18,7 +18,11 @@ from rankfold.reports.layout import show
 def evaluate(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that compress wrote.")],
     data: Annotated[
-        str, typer.Option(help="npz:PATH (arrays x and y), imagefolder:DIR, module:factory, or text:FILE.")
+        str,
+        typer.Option(
+            help="npz:PATH (arrays x and y), imagefolder:DIR, module:factory, text:FILE, or pairs:FILE, a table of "
+            "sentence, sentence, score."
+        ),
     ],
     original: Annotated[bool, typer.Option("--original", help="Score the original network as well.")] = False,
     weights: Annotated[Path | None, typer.Option(help="The original's weights, if they have moved.")] = None,
@@ -36,18 +40,29 @@ def evaluate(
 ) -> None:
     """Score a compressed model on labelled data or on text, and time it against its original in one run.
 
-    On text both are scored by perplexity, and by how many tokens they read and write per second.
+    On text both are scored by perplexity, and by how many tokens they read and write per second; on pairs of sentences
+    by how their similarities agree with the scores (Spearman's correlation).
     """
-    from rankfold.reports.comparison import Comparison, LanguageComparison, compare_on_text
+    from rankfold.reports.comparison import (
+        Comparison,
+        LanguageComparison,
+        SimilarityComparison,
+        compare_on_pairs,
+        compare_on_text,
+    )
     from rankfold.reports.comparison import compare as compare_on_data
+    from rankfold.reports.comparison_tables import comparison
+    from rankfold.sources.pairs import is_pairs
     from rankfold.sources.text import is_text
 
-    found: Comparison | LanguageComparison
+    found: Comparison | LanguageComparison | SimilarityComparison
     with progress_bars(as_json) as progress:
         if is_text(data):
             found = compare_on_text(
                 directory, data, length=length, samples=samples, weights=weights, device=device, progress=progress
             )
+        elif is_pairs(data):
+            found = compare_on_pairs(directory, data, weights=weights, device=device, progress=progress)
         else:
             found = compare_on_data(
                 directory,
@@ -64,7 +79,7 @@ def evaluate(
     if as_json:
         print_json(found.as_dict())
     else:
-        show(tables.comparison(found) if isinstance(found, Comparison) else tables.language_comparison(found))
+        show(comparison(found))
 
 
 def _keep(directory: Path, data: str, found: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ examples, and tokens any length, where the network does; what was written is run
 from __future__ import annotations
 
 import inspect
+import io
 import math
 import uuid
 import warnings
@@ -169,7 +170,9 @@ def _quietly() -> Iterator[None]:
 
 @_quietly()
 def _write_program(model: nn.Module, inputs: Inputs, path: Path) -> None:
-    torch.export.save(_exported(model, inputs), path)
+    whole = io.BytesIO()  # written at once: on a full disk PyTorch's own writer ends the process
+    torch.export.save(_exported(model, inputs), whole)
+    path.write_bytes(whole.getbuffer())
 
 
 def _read_program(path: Path) -> Callable[[Inputs], list[Tensor]]:
@@ -196,7 +199,20 @@ def _write_onnx(model: nn.Module, inputs: Inputs, path: Path) -> None:
     except OSError:
         raise
     except Exception as error:
-        raise ModelError(f"the network cannot be written as ONNX: {reason_of(error)}") from error
+        raise ModelError(f"{_place(program, error)} cannot be written as ONNX: {reason_of(error)}") from error
+
+
+def _place(program: torch.export.ExportedProgram, error: BaseException) -> str:
+    """Where the exporter stumbled: the module of the first operator that it names, or the network."""
+    told, cause = "", cast("BaseException | None", error)
+    while cause is not None:
+        told, cause = f"{told}{cause}\n", cause.__cause__ or cause.__context__
+    for node in program.graph.nodes:
+        if node.op == "call_function" and str(node.target) in told:
+            stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+            name = stack[-1].removeprefix("model").removeprefix(".") if stack else ""
+            return f"{name or 'the network'}: its operator {node.target}"
+    return "the network"
 
 
 def _read_onnx(path: Path) -> Callable[[Inputs], list[Tensor]]:

@@ -1,4 +1,4 @@
-"""A saved model against its original: accuracy on labelled data, size, and latency in one run."""
+"""A saved model against its original: what it scores on labelled data, text or pairs, its size and time, in one run."""
 
 from __future__ import annotations
 
@@ -7,16 +7,29 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from rankfold.budget import Cost
-from rankfold.evaluation import Accuracy, Perplexity, Speed, accuracy, latency, perplexity, speeds
+from rankfold.errors import DataError
+from rankfold.evaluation import (
+    Accuracy,
+    Perplexity,
+    Similarity,
+    Speed,
+    accuracy,
+    latency,
+    perplexity,
+    similarity,
+    speeds,
+)
 from rankfold.evaluation.language import check_causal
 from rankfold.files.artifact import load, load_plan
 from rankfold.files.original import load_original_, one_input, rebuild
 from rankfold.progress import Progress, silent
 from rankfold.sources.data import Normalisation, open_dataset
 from rankfold.sources.devices import open_device
+from rankfold.sources.pairs import open_pairs
 from rankfold.sources.text import Blocks, open_text
 
 LENGTH = 1024
@@ -96,6 +109,63 @@ class LanguageComparison:
             "predicted_tokens": self.original.perplexity.tokens,
             "text_tokens": self.blocks.tokens,
         }
+
+
+@dataclass(frozen=True)
+class SimilaritySide:
+    """One of two models of sentences: its correlation, cost, and median latency of the longest sentence."""
+
+    similarity: Similarity
+    cost: Cost
+    latency_ms: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The side in JSON's types, the correlation in percent."""
+        return {"spearman": self.similarity.spearman, **self.cost.as_dict(), "latency_ms": self.latency_ms}
+
+
+@dataclass(frozen=True)
+class SimilarityComparison:
+    """Original and compressed model of sentences on pairs that people scored, side by side."""
+
+    original: SimilaritySide
+    compressed: SimilaritySide
+
+    def as_dict(self) -> dict[str, Any]:
+        """The comparison in JSON's types."""
+        pairs = self.original.similarity.pairs
+        return {"original": self.original.as_dict(), "compressed": self.compressed.as_dict(), "pairs": pairs}
+
+
+def compare_on_pairs(
+    directory: str | Path,
+    data: str,
+    *,
+    weights: str | Path | None = None,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> SimilarityComparison:
+    """Scores the model of sentences saved in `directory` and its original on the pairs in "pairs:FILE", and times both.
+
+    Both run on `device`. Sentences are tokenised as the original's tokenizer does, and embedded without padding.
+    """
+    plan = load_plan(directory)
+    source, _ = rebuild(plan, directory)
+    pairs = open_pairs(data)
+    tokenize = source.tokenize
+    if tokenize is None:
+        raise DataError(f"{data} needs a model with a tokenizer: give it as hf:NAME or hf:DIR")
+    first, second = ([tokenize(one) for one in side] for side in (pairs.first, pairs.second))
+    student = load(directory, source.model)
+    load_original_(source.model, plan, weights)
+    models = _placed(device, source.model, student)
+    scores = [
+        similarity(model, first, second, pairs.scores, progress=progress, what=f"scoring {name}")
+        for model, name in zip(models, ("the original", "the compressed model"), strict=True)
+    ]
+    longest = {"input_ids": torch.tensor([max((*first, *second), key=len)])}
+    sides = zip(scores, (plan.before, plan.after), latency(models, longest), strict=True)
+    return SimilarityComparison(*(SimilaritySide(*one) for one in sides))
 
 
 def compare_on_text(

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from rankfold.pipeline import Result
     from rankfold.plan import LayerPlan
     from rankfold.reports.analysis import Analysis
-    from rankfold.reports.comparison import Comparison, LanguageComparison, Side
     from rankfold.reports.demo import Row
     from rankfold.training.saved import FineTuning
 
@@ -106,9 +105,10 @@ def timing(settings: Mapping[str, Any]) -> list[str]:
         return []
     told = ", ".join(f"{predicted:.3g} ms predicted and {measured:.3g} measured" for predicted, measured in turns)
     threads = f"{timed['threads']} threads, " if timed.get("threads") else ""
+    form = ("last" if timed.get("channels_last") else "first") + (", compiled" if timed.get("compiled") else "")
     return [
         f"Before the fits, plans were timed beside the original: {told} ({timed.get('name')}, {threads}"
-        f"{timed.get('inputs')}, channels {'last' if timed.get('channels_last') else 'first'})."
+        f"{timed.get('inputs')}, channels {form})."
     ]
 
 
@@ -179,43 +179,6 @@ def _channels(report: Analysis) -> str:
     stay = "; ".join(f"{number}: {reason}" for reason, number in reasons.most_common(4))
     found = f"{len(sizes)} sets, of {min(sizes)} to {max(sizes)} channels" if sizes else "none"
     return f"channels that may go: {found}" + (f"; stay: {stay}" if stay else "")
-
-
-def comparison(report: Comparison) -> RenderableType:
-    """A comparison as a table with a ratio per row."""
-    original, compressed = report.original, report.compressed
-    table = Listing("", ">original", ">compressed", ">compressed / original")
-    if original.accuracy and compressed.accuracy:
-        for name in ("top1", "top5"):
-            was, now = getattr(original.accuracy, name), getattr(compressed.accuracy, name)
-            table.add_row(f"top-{name[-1]} %", f"{was:.2f}", f"{now:.2f}", f"{now - was:+.2f} points")
-    elif compressed.accuracy:
-        table.add_row("top-1 %", "not scored", f"{compressed.accuracy.top1:.2f}", "")
-        table.add_row("top-5 %", "not scored", f"{compressed.accuracy.top5:.2f}", "")
-    for unit in UNITS:
-        was, now = getattr(original.cost, unit), getattr(compressed.cost, unit)
-        table.add_row(unit, f"{was:,}", f"{now:,}", f"{now / max(was, 1):.3f}")
-    table.add_row("latency ms", *_latencies(original, compressed))
-    notes = f"{report.examples:,} examples; latency: median of a batch of one, in turns; normalisation: "
-    return Group(table, Text(notes + report.normalisation.source, "dim"))
-
-
-def language_comparison(report: LanguageComparison) -> RenderableType:
-    """A comparison of language models as a table with a ratio per row."""
-    original, compressed, blocks = report.original, report.compressed, report.blocks
-    table = Listing("", ">original", ">compressed", ">compressed / original")
-    rows = [("perplexity", original.perplexity.value, compressed.perplexity.value, ".2f")]
-    rows += [(unit, getattr(original.cost, unit), getattr(compressed.cost, unit), ",") for unit in UNITS]
-    if original.speed and compressed.speed:
-        rows.append(("tokens/s, prompt", original.speed.prompt, compressed.speed.prompt, ".1f"))
-        rows.append(("tokens/s, written", original.speed.written, compressed.speed.written, ".1f"))
-    for name, was, now, form in rows:
-        table.add_row(name, format(was, form), format(now, form), f"{now / max(was, 1e-12):.3f}")
-    notes = (
-        f"{len(blocks.rows):,} blocks of {blocks.rows.shape[1]:,} tokens, one every {blocks.stride:,} of "
-        f"{blocks.tokens:,}; speed: a batch of one, with a cache, median of rounds in turns"
-    )
-    return Group(table, Text(notes, "dim"))
 
 
 def fine_tuning(found: FineTuning) -> RenderableType:
@@ -321,8 +284,3 @@ def count(value: int) -> str:
 
 def _layers(number: int) -> str:
     return f"{number} layer" if number == 1 else f"{number} layers"
-
-
-def _latencies(original: Side, compressed: Side) -> tuple[str, str, str]:
-    ratio = compressed.latency_ms / original.latency_ms
-    return f"{original.latency_ms:.2f}", f"{compressed.latency_ms:.2f}", f"{ratio:.3f}"

@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +61,20 @@ def load_model(transformers: Any, name: str) -> tuple[nn.Module, str]:
 
 def tokenize(transformers: Any, name: str, text: str) -> list[int]:
     """The tokens of a text, with what the model's tokenizer puts around it; raises DataError where there is none."""
+    return list(_tokenizer(transformers, name)(text).input_ids)
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(transformers: Any, name: str) -> Any:
+    """The tokenizer of a directory or name, read once for all the texts that follow."""
     folder = Path(name)
     if folder.is_dir() and not any(True for pattern in _VOCABULARIES for _ in folder.glob(pattern)):
         raise DataError(f"hf:{name} has no tokenizer: the directory holds none of {', '.join(_VOCABULARIES)}")
     with quiet(transformers):
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:
             raise DataError(f"hf:{name} has no tokenizer that can be loaded: {_reason(name, error)}") from error
-        return list(tokenizer(text).input_ids)
 
 
 def takes_named_inputs(model: nn.Module) -> bool:

@@ -54,16 +54,18 @@ def timed(
     layers: Sequence[LayerSpec],
     sets: Sequence[ChannelSet],
     *,
+    compiled: bool = False,
     progress: Progress = silent,
 ) -> Timed:
     """The layers of a network, and the channel sets between them, with what they take in a pass over the inputs.
 
-    The network is the `original` opened; what a pass takes in all is that of the original.
+    The network is the `original` opened; what a pass takes in all is that of the original, `compiled` or as it is.
+    Parts are watched as they are, and scaled to what the compiled network takes.
     """
     given, device = tensors_in(inputs), _device(model, inputs)
     watch = Stopwatch.opened(device)
     progress("timing the network", 0, len(layers))
-    (whole,) = latency([original], inputs, rounds=PASSES[2], seconds=SECONDS)
+    (whole,) = latency([original], inputs, rounds=PASSES[2], seconds=SECONDS, compiled=compiled)
     taken = _watched(model, inputs, device, whole)
     found, untimed = [], {}
     for done, layer in enumerate(layers):

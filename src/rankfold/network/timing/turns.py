@@ -8,26 +8,37 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
 
-from rankfold.network.passes import Inputs, arguments_of, copied, device_of, evaluating, tensors_in
+from rankfold.errors import ModelError
+from rankfold.network.passes import Inputs, arguments_of, copied, device_of, evaluating, reason_of, tensors_in
 
 
 def latency(
-    models: Sequence[nn.Module], inputs: Inputs, *, rounds: int = 30, warmup: int = 5, seconds: float = math.inf
+    models: Sequence[nn.Module],
+    inputs: Inputs,
+    *,
+    rounds: int = 30,
+    warmup: int = 5,
+    seconds: float = math.inf,
+    compiled: bool = False,
 ) -> tuple[float, ...]:
     """Median milliseconds of one forward pass per model, the models taking turns in one run.
 
     Taking turns makes the ratios hold where the machine's speed drifts; absolute figures are of this machine, now.
-    With `seconds` there are as many rounds, at least three and two to warm up, as take about so long.
+    With `seconds` there are as many rounds, at least three and two to warm up, as take about so long. With `compiled`
+    the times are those of what `torch.compile` makes of the models, for inputs of these shapes; what was compiled
+    before is forgotten. Raises ModelError where it cannot.
     """
     with ExitStack() as stack:
         for model in dict.fromkeys(models):
             stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
-        calls = [partial(_call, model, copied(inputs, device_of(model))) for model in models]
+        run: Sequence[Callable[..., Any]] = _compiled(models, inputs) if compiled else models
+        calls = [partial(_call, one, copied(inputs, device_of(model))) for one, model in zip(run, models, strict=True)]
         return in_turns(calls, rounds=rounds, warmup=warmup, seconds=seconds)
 
 
@@ -59,7 +70,22 @@ def finished(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _call(model: nn.Module, inputs: Inputs) -> None:
+def _compiled(models: Sequence[nn.Module], inputs: Inputs) -> list[Callable[..., Any]]:
+    """What `torch.compile` makes of some models; it forgets others first, as it compiles only so many of a class."""
+    torch.compiler.reset()
+    try:
+        made: list[Callable[..., Any]] = [torch.compile(model, dynamic=False) for model in models]
+        for model, one in zip(models, made, strict=True):
+            _call(one, copied(inputs, device_of(model)))
+    except Exception as error:
+        raise ModelError(
+            f"the network cannot be compiled here ({reason_of(error)}); time it as it is, or install what "
+            "torch.compile needs, for CPUs a C++ compiler"
+        ) from error
+    return made
+
+
+def _call(model: Callable[..., Any], inputs: Inputs) -> None:
     args, kwargs = arguments_of(inputs)
     model(*args, **kwargs)
     for tensor in tensors_in(inputs):

@@ -94,6 +94,8 @@ def _evaluated(evaluations: Mapping[str, Any]) -> list[Figure]:
             if all(speeds):
                 share = 100 * speeds[1] / speeds[0]
                 found.append(Figure("Tokens per second, written", f"{speeds[0]:.1f}", f"{speeds[1]:.1f}", share))
+        elif "spearman" in now:
+            found.append(Figure(f"Spearman, {name}", f"{was['spearman']:.2f} %", f"{now['spearman']:.2f} %"))
         else:
             before = "an unscored original" if was["top1"] is None else f"{was['top1']:.2f} %"
             found.append(Figure(f"Top-1, {name}", before, f"{now['top1']:.2f} %"))
@@ -278,6 +280,7 @@ def _command(plan: Plan) -> str:
     timed = settings.get("timed", {})
     words += ["--batch", str(timed["batch"]), "--threads", str(timed["threads"])] if timed else []
     words += ["--channels-last"] if timed.get("channels_last") else []
+    words += ["--compile"] if timed.get("compiled") else []
     decomposition = settings.get("decomposition", "tucker")
     named = [f"{one}={_names(two)}" for one, two in decomposition.items()] if isinstance(decomposition, dict) else None
     for one in named or [_names(decomposition)]:

@@ -62,10 +62,11 @@ def _names(directories: Sequence[str | Path]) -> list[str]:
 
 def _score(found: Mapping[str, Any], side: str) -> tuple[str, str, float | None]:
     """What an evaluation measured, and its value as text and as a number."""
-    for key, title, form in (("perplexity", "perplexity", "{:.2f}"), ("top1", "top-1 %", "{:.2f}")):
+    measures = (("perplexity", "perplexity"), ("spearman", "Spearman %"), ("top1", "top-1 %"))
+    for key, title in measures:
         if key in found[side]:
             value = found[side][key]
-            return title, "–" if value is None else form.format(value), value
+            return title, "–" if value is None else f"{value:.2f}", value
     return "score", "–", None
 
 

@@ -1,0 +1,83 @@
+"""Fine-tuning of a language model on plain text, taught by its original: which rate, and what half an hour gives.
+
+SmolLM2-135M-Instruct, its widths at 80 % of its blocks' parameters, calibrated and then trained on WikiText-2's
+validation text in steps of two blocks of 512 tokens. A case is OPTIMISER:RATE:STEPS. The last 24 blocks are held out:
+settings are compared by the perplexity on them; of the test text and another kind of text (`language.py`) 12 evenly
+spaced blocks of 1,024 tokens are scored.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from common import keep, parser, record, require_data
+from language import METHODS, other_text
+from units import language, sizes
+
+from rankfold import Budget, compress
+from rankfold.evaluation import perplexity
+from rankfold.sources.text import TextData
+from rankfold.training import Losses, Training, fine_tune
+
+KEPT = 0.8
+HELD, BLOCKS = 24, 460
+"""Blocks that are held out, and all there are."""
+TEMPERATURE = 1.0
+BATCH = 2
+CASES = ("sgd:0.003:16", "sgd:0.03:16", "sgd:0.3:16", "adamw:1e-5:16", "adamw:1e-4:16", "adamw:1e-3:16")
+
+
+def main() -> None:
+    """Writes a record of every case, or of those asked for."""
+    made = parser(__doc__ or "")
+    made.add_argument("--language", type=Path, required=True, help="folder of the language model")
+    made.add_argument("--only", action="append", help="OPTIMISER:RATE:STEPS (repeatable)")
+    arguments = made.parse_args()
+    model, inputs, tested = language(arguments.language, require_data(arguments) / "wikitext2", BLOCKS)
+    texts = {"wikitext2": tested, "pydoc": other_text(arguments.language)}
+    outside, inside = sizes(model)
+    example = {"input_ids": inputs[0]["input_ids"][:1], "use_cache": False}
+    budget = Budget(params=int(outside + KEPT * inside))
+    result = compress(model, example, budget=budget, calibration=inputs[:32], **METHODS["widths"])
+    rows = torch.cat([batch["input_ids"] for batch in inputs])
+    before = {name: round(perplexity(result.model, text).value, 2) for name, text in texts.items()}
+    held = round(perplexity(result.model, rows[-HELD:]).value, 2)
+    for case in arguments.only or CASES:
+        optimiser, rate, steps = case.split(":")
+        start = time.perf_counter()
+        trained = fine_tune(
+            result.model,
+            TextData(rows[:-HELD][: BATCH * int(steps)]),
+            teacher=model,
+            plan=result.plan,
+            training=Training(
+                epochs=1, batch_size=BATCH, optimiser=optimiser, rate=float(rate), weight_decay=0.0, precision="no"
+            ),
+            losses=Losses(temperature=TEMPERATURE),
+        )
+        seconds = time.perf_counter() - start
+        keep(
+            [
+                record(
+                    case=case,
+                    model="SmolLM2-135M-Instruct",
+                    blocks_kept=KEPT,
+                    optimiser=optimiser,
+                    rate=float(rate),
+                    steps=int(steps),
+                    tokens=int(steps) * BATCH * rows.shape[1],
+                    held_out=[held, round(perplexity(trained.model, rows[-HELD:]).value, 2)],
+                    perplexity={
+                        name: [before[name], round(perplexity(trained.model, text).value, 2)]
+                        for name, text in texts.items()
+                    },
+                    seconds=round(seconds, 1),
+                )
+            ]
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Tokens to calibrate on, made from nothing but the network.
+
+A model that predicts the next token writes them itself, one after another by its own distribution, from a first one
+drawn at random (Liu et al., LLM-QAT, arXiv 2305.17888, train on such): what it was trained on is what it writes. Others
+are given tokens at random: no statistics of language, but the range of the embeddings.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from rankfold.network.hooks import attached
+from rankfold.network.passes import Inputs, arguments_of, copied, device_of, evaluating, seeded
+from rankfold.progress import Progress, silent
+
+IN_PASS = 32
+"""Rows that are written together."""
+
+
+def tokens_of(model: nn.Module, example_inputs: Inputs) -> tuple[int | str, int] | None:
+    """Which argument holds tokens, and out of how many: the rows of the largest embedding that it is an index into."""
+    args, kwargs = arguments_of(copied(example_inputs, device_of(model)))
+    given = _arguments((args, kwargs))
+    integers = {
+        place: ids
+        for place, ids in given.items()
+        if isinstance(ids, Tensor) and ids.ndim > 1 and ids.dtype in (torch.int64, torch.int32)
+    }
+    read: list[tuple[int | str, int]] = []
+
+    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        rows = cast(nn.Embedding, module).num_embeddings
+        same = [place for place, ids in integers.items() if inputs and inputs[0].data_ptr() == ids.data_ptr()]
+        read.extend((place, rows) for place in same)
+
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if integers and embeddings:
+        hooks = attached(module.register_forward_pre_hook(note) for module in embeddings)
+        with hooks, evaluating(model), seeded(model), torch.no_grad():
+            model(*args, **kwargs)
+    return max(read, key=lambda one: one[1], default=None)
+
+
+def example_of(example_inputs: Inputs, place: int | str) -> Int[Tensor, "rows *length"]:
+    """The tokens among example inputs."""
+    found: Tensor = _arguments(arguments_of(example_inputs))[place]
+    return found
+
+
+def random_rows(
+    example: Int[Tensor, "rows *length"], vocabulary: int, count: int, *, seed: int = 0
+) -> Int[Tensor, "count *length"]:
+    """Uniformly drawn tokens; the first and last of every row, which often mark its ends, are the example's."""
+    drawn = torch.randint(vocabulary, (count, *example.shape[1:]), generator=torch.Generator().manual_seed(seed))
+    rows = example[torch.arange(count, device=example.device) % len(example)].clone()
+    rows[:, 1:-1] = drawn[:, 1:-1].to(rows)
+    return rows
+
+
+def writes(model: nn.Module, example: Tensor) -> bool:
+    """Whether a model continues rows of tokens like the example's, each from its first on."""
+    config: Any = getattr(model, "config", None)
+    able = getattr(model, "can_generate", None)
+    if not (callable(able) and able()) or getattr(config, "is_encoder_decoder", False) or example.ndim != 2:
+        return False
+    try:
+        return _continued(model, example[:1, :1].cpu(), 2).shape == (1, 2)
+    except Exception:  # what a model does not support is of many kinds
+        return False
+
+
+def written_rows(
+    model: nn.Module,
+    example: Int[Tensor, "rows length"],
+    vocabulary: int,
+    count: int,
+    *,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Int[Tensor, "count length"]:
+    """Tokens that a model writes by its own distribution, from a first one that is drawn uniformly."""
+    first = torch.randint(vocabulary, (count, 1), generator=torch.Generator().manual_seed(seed))
+    rows = []
+    for start in range(0, count, IN_PASS):
+        progress("writing inputs", start, count)
+        rows.append(_continued(model, first[start : start + IN_PASS], example.shape[1], seed=seed + start))
+    progress("writing inputs", count, count)
+    return torch.cat(rows).to(example)
+
+
+def batches_like(example_inputs: Inputs, place: int | str, rows: Tensor, batch_size: int) -> list[Inputs]:
+    """Batches of tokens, with all other arguments those of the example's rows, in turn."""
+    given = _arguments(arguments_of(example_inputs))
+    length = len(given[place])
+    batches: list[Inputs] = []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        chosen = torch.arange(start, start + len(part)) % length
+        batch = {
+            key: value[chosen.to(value.device)] if isinstance(value, Tensor) and value.shape[:1] == (length,) else value
+            for key, value in given.items()
+        }
+        batch[place] = part
+        batches.append({str(k): v for k, v in batch.items()} if isinstance(place, str) else tuple(batch.values()))
+    return batches
+
+
+def _continued(model: nn.Module, first: Tensor, length: int, *, seed: int = 0) -> Tensor:
+    """Rows of so many tokens, the first of each given, on the CPU."""
+    first = first.to(device_of(model))
+    with evaluating(model), seeded(model, seed), torch.no_grad():
+        found: Tensor = cast(Any, model).generate(
+            input_ids=first,
+            attention_mask=torch.ones_like(first),
+            min_new_tokens=length - 1,
+            max_new_tokens=length - 1,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            num_beams=1,
+            pad_token_id=0,
+        )
+    return found[:, :length].cpu()
+
+
+def _arguments(given: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[int | str, Any]:
+    """What a model is called with, by position or name."""
+    args, kwargs = given
+    return dict(cast(Any, [*enumerate(args), *kwargs.items()]))
