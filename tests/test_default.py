@@ -36,6 +36,13 @@ def test_without_inputs_channels_stay(search: str, small_cnn: nn.Module):
     assert result.after.macs <= 0.6 * result.before.macs
 
 
+def test_channels_that_are_asked_for_go_without_inputs_too(small_cnn: nn.Module):
+    choices = ["cp3", "interpolative"]
+    budget = Budget(macs=0.3)
+    result = compress(small_cnn, batches(1)[0][:1], decomposition=choices, budget=budget, calibration="none")
+    assert result.plan.narrowings
+
+
 def test_few_inputs_are_enough_for_fits_in_forward_order(small_cnn: nn.Module):
     settings = compress(small_cnn, batches(1)[0][:1], budget=Budget(macs=0.8), calibration=batches(1)).plan.settings
     assert settings["fitted"] == "in forward order"

@@ -56,6 +56,12 @@ class ArtifactError(RankfoldError):
     """A saved directory that cannot be written, or cannot be trusted when read."""
 
 
+def reason_of(error: BaseException) -> str:
+    """The first line of what an error says, or its kind."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def nearest(given: str, allowed: Iterable[str], *, most: int = 5) -> str:
     """A phrase that names the `most` entries of `allowed` closest to `given`, or else the first of them."""
     names = list(dict.fromkeys(allowed))

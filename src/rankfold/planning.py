@@ -128,13 +128,14 @@ def placed(search: str | Search, model: nn.Module) -> str | Search:
 def suited(choices: Mapping[str, tuple[str, ...]], search: str | Search, *, blind: bool) -> dict[str, tuple[str, ...]]:
     """The choices as far as a search can make them: one that looks at weights knows no units, of "auto" or the default.
 
-    Nor are there any where the search is `blind`, with nothing known of inputs: then all channels look alike.
+    Nor are there any where the search is `blind`, with nothing known of inputs: then all channels look alike. A list of
+    the user's own is taken at its word, whatever is in it.
     """
     objective = getattr(search, "objective", None)
     weights = blind or search == "evbmf" or isinstance(search, Published) or isinstance(objective, NetworkObjective)
     return {
         name: tuple(one for one in names if one != INTERPOLATIVE)
-        if weights and names in (AUTO, DEFAULT, FAST)
+        if weights and any(names is one for one in (AUTO, DEFAULT, FAST))
         else names
         for name, names in choices.items()
     }

@@ -13,6 +13,7 @@ import torch
 from command_line import run
 
 from rankfold import ArtifactError, Budget, ModelError, compress, load, save
+from rankfold.decompositions import DECOMPOSITIONS
 from rankfold.files.export import finalize
 from rankfold.sources.models import build_model, optional
 
@@ -125,6 +126,16 @@ def test_a_network_that_decides_by_its_data_is_a_line(tmp_path: Path):
     folder = save(made, tmp_path / "small", source={"model": f"{tmp_path / 'fickle.py'}:make", "input_shape": [16]})
     with pytest.raises(ModelError, match="the network cannot be exported: "):
         finalize(folder, tmp_path / "model.pt2")
+
+
+@pytest.mark.parametrize("decomposition", [*DECOMPOSITIONS, "interpolative"])
+def test_what_comes_out_is_compiled_as_one_graph(decomposition: str, small_cnn: torch.nn.Module):
+    x = torch.randn(2, 3, 8, 8)
+    batches = [torch.randn(32, 3, 8, 8) for _ in range(2)]
+    result = compress(small_cnn, x, decomposition=decomposition, budget=Budget(macs=0.6), calibration=batches)
+    compiled = torch.compile(result.model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), result.model(x))
 
 
 def test_an_operator_that_onnx_lacks_is_named_with_its_layer(tmp_path: Path):

@@ -204,6 +204,8 @@ def test_a_limit_for_a_compiled_model_is_on_the_time_of_compiled_networks() -> N
     assert result.plan.settings["timed"]["compiled"] is True
     assert 0 < result.after.latency <= 0.8 * result.before.latency
     assert type(result.model) is nn.Sequential
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(result.model)(x), result.model(x))
 
 
 def test_a_model_that_cannot_be_compiled_is_not_timed_as_such(monkeypatch: pytest.MonkeyPatch) -> None:

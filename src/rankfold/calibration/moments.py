@@ -21,11 +21,11 @@ from rankfold.calibration.patches import patches_of, thinning_of
 from rankfold.calibration.store import Stored
 from rankfold.calibration.sums import PRODUCT, SKETCH, MomentSum
 from rankfold.decompositions.metric import Moment
-from rankfold.errors import DataError
+from rankfold.errors import DataError, reason_of
 from rankfold.memory import share
 from rankfold.network.hooks import Reached, attached
 from rankfold.network.kinds import known_kind, shape_of
-from rankfold.network.passes import Inputs, arguments_of, describe_inputs, reason_of, run
+from rankfold.network.passes import Inputs, arguments_of, describe_inputs, run
 from rankfold.plan import LayerSpec
 from rankfold.progress import Progress, silent
 

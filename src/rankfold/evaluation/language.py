@@ -14,8 +14,8 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rankfold.errors import DataError
-from rankfold.network.passes import evaluating, output_of, reason_of
+from rankfold.errors import DataError, reason_of
+from rankfold.network.passes import evaluating, output_of
 from rankfold.progress import Progress, silent
 
 PROMPT, WRITTEN, ROUNDS = 128, 32, 3

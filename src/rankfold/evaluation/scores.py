@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rankfold.errors import DataError
+from rankfold.errors import DataError, reason_of
 from rankfold.network.passes import describe_inputs, evaluating
 from rankfold.progress import Progress, silent
 from rankfold.sources.data import Dataset
@@ -61,7 +61,7 @@ def _logits(model: nn.Module, x: Tensor, classes: int) -> Tensor:
     try:
         logits = model(x)
     except Exception as error:
-        raise DataError(f"the model does not take inputs {describe_inputs(x)}: {str(error).splitlines()[0]}") from error
+        raise DataError(f"the model does not take inputs {describe_inputs(x)}: {reason_of(error)}") from error
     logits = getattr(logits, "logits", logits)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise DataError("the model's output is not one row of logits per input; evaluate it with code of your own")

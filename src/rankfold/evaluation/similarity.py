@@ -13,8 +13,8 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rankfold.errors import DataError
-from rankfold.network.passes import device_of, evaluating, output_of, reason_of
+from rankfold.errors import DataError, reason_of
+from rankfold.network.passes import device_of, evaluating, output_of
 from rankfold.progress import Progress, silent
 
 IN_PASS = 64

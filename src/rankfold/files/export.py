@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from rankfold.errors import ArtifactError, ModelError
+from rankfold.errors import ArtifactError, ModelError, reason_of
 from rankfold.evaluation import in_turns
 from rankfold.files.artifact import load, load_plan
 from rankfold.files.original import load_original_, rebuild
 from rankfold.network.copies import duplicate
 from rankfold.network.kinds import known_kind
-from rankfold.network.passes import Inputs, arguments_of, evaluating, reason_of, run, tensors_in
+from rankfold.network.passes import Inputs, arguments_of, evaluating, run, tensors_in
 from rankfold.network.tracing import followed
 
 _FOLDED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

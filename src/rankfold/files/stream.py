@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.errors import ModelError
+from rankfold.errors import ModelError, reason_of
 from rankfold.network.blocks import first_tensor
-from rankfold.network.passes import Inputs, arguments_of, describe_inputs, reason_of, run
+from rankfold.network.passes import Inputs, arguments_of, describe_inputs, run
 from rankfold.sources.hugging_face import quiet, vocabulary_of
 from rankfold.sources.models import optional
 from rankfold.sources.shards import Shards, to_meta_

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.errors import ModelError
+from rankfold.errors import ModelError, reason_of
 from rankfold.network.costs import storage_key
-from rankfold.network.passes import reason_of
 
 
 def duplicate(model: nn.Module) -> nn.Module:

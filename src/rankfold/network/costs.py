@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from rankfold.budget import Cost
-from rankfold.errors import ModelError
-from rankfold.network.passes import Inputs, describe_inputs, reason_of, run
+from rankfold.errors import ModelError, reason_of
+from rankfold.network.passes import Inputs, describe_inputs, run
 
 
 def cost_of(model: nn.Module, inputs: Inputs) -> Cost:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from rankfold.decompositions import reconstruct
 from rankfold.decompositions.interpolative import by_group, entries, interpolated, padded
 from rankfold.decompositions.metric import IDENTITY, Moment
-from rankfold.errors import PlanError
+from rankfold.errors import PlanError, reason_of
 from rankfold.network.copies import sharing
 from rankfold.network.factorised import Factorised
 from rankfold.network.kinds import known_kind, shape_of, weight_of
 from rankfold.network.layouts import laid_out
-from rankfold.network.passes import Inputs, reason_of, run, same, tensors_in
+from rankfold.network.passes import Inputs, run, same, tensors_in
 from rankfold.plan import ChannelSet, LayerPlan, Narrowing, Plan
 
 _SIZES = {"outputs": ("out_features", "out_channels", "nf"), "inputs": ("in_features", "in_channels", "nx")}

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from rankfold.errors import reason_of
 from rankfold.network.copies import duplicate, is_compiled, needs_copy, replaced, sharing
 from rankfold.network.costs import storage_key, unfused
 from rankfold.network.hooks import attached
 from rankfold.network.kinds import base_of, kind_of
-from rankfold.network.passes import Inputs, evaluating, reason_of, run, same, tensors_in
+from rankfold.network.passes import Inputs, evaluating, run, same, tensors_in
 from rankfold.network.stand_ins.attention import Attention, is_self_attention
 from rankfold.network.stand_ins.recurrent import Recurrent
 from rankfold.network.stand_ins.stack import Stack

@@ -165,12 +165,6 @@ def describe_inputs(inputs: Inputs) -> str:
     return type(inputs).__name__
 
 
-def reason_of(error: BaseException) -> str:
-    """The first line of what an error says, or its kind."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def output_of(output: Any) -> Tensor:
     """The tensor a network's output is compared by: itself, its `logits`, or its first tensor.
 

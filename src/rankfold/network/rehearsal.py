@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rankfold.budget import Cost
 from rankfold.decompositions import Factors, wiring_of
 from rankfold.decompositions.wiring import Call, LayerShape, Wiring
-from rankfold.errors import ModelError, PlanError
+from rankfold.errors import ModelError, PlanError, reason_of
 from rankfold.network.copies import duplicate
 from rankfold.network.costs import cost_of
 from rankfold.network.factorised import Factorised
@@ -28,7 +28,7 @@ from rankfold.network.kinds import shape_of
 from rankfold.network.layouts import empty_factors
 from rankfold.network.narrowing import narrow_
 from rankfold.network.opening import open_, within
-from rankfold.network.passes import Inputs, reason_of
+from rankfold.network.passes import Inputs
 from rankfold.network.surgery import opened_for, swapped
 from rankfold.network.tracing import uses
 from rankfold.plan import LayerPlan, Narrowing, Plan, channels_named

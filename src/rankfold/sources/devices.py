@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rankfold.errors import ModelError
+from rankfold.errors import ModelError, reason_of
 
 
 def open_device(name: str) -> torch.device:
@@ -18,6 +18,5 @@ def open_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, dtype=torch.float64, device=device).item()  # some devices have no such numbers
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"device {name!r} cannot be used here: {reason}; give cpu, or auto") from None
+        raise ModelError(f"device {name!r} cannot be used here: {reason_of(error)}; give cpu, or auto") from None
     return device

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.errors import DataError, ModelError
+from rankfold.errors import DataError, ModelError, reason_of
 
 TOKENS = 128
 """Tokens of an example, where the model takes so many."""
@@ -181,7 +181,7 @@ def _splices_images(config: Any) -> bool:
 
 def _reason(name: str, error: Exception) -> str:
     """What went wrong, in a line that says what to do where that is known."""
-    text = " ".join(str(error).strip().splitlines()[:1]) or type(error).__name__
+    text = reason_of(error)
     if Path(name).is_dir():
         return text
     if name.startswith((".", "/", "~")) or name.count("/") > 1:

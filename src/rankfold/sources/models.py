@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rankfold.errors import ModelError, UnknownNameError, nearest
+from rankfold.errors import ModelError, UnknownNameError, nearest, reason_of
 from rankfold.sources import hugging_face, zoo
 from rankfold.sources.data import Normalisation
 
@@ -130,8 +130,9 @@ def _read_state(file: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"weights {file} cannot be read as plain tensors: {reason}; save its state_dict") from error
+        raise ModelError(
+            f"weights {file} cannot be read as plain tensors: {reason_of(error)}; save its state_dict"
+        ) from error
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankfold.errors import ModelError
-from rankfold.network.passes import Inputs, arguments_of, copied, device_of, evaluating, reason_of, tensors_in
+from rankfold.errors import ModelError, reason_of
+from rankfold.network.passes import Inputs, arguments_of, copied, device_of, evaluating, tensors_in
 
 
 def latency(
