@@ -31,6 +31,7 @@ from torch import Tensor
 from units import blocks, language, sizes
 
 from rankfold import Budget, study
+from rankfold.calibration import Refining
 from rankfold.calibration.tokens import random_rows, written_rows
 from rankfold.evaluation import perplexity, speeds
 from rankfold.progress import silent
@@ -108,7 +109,7 @@ def main() -> None:
         measured = study(model, example, budget=first, calibration=inputs, **METHODS[method])
         for case, budget in budgets.items():
             epochs = int(parts(case)[2])
-            result = replace(measured, refine=epochs).compress(budget, progress=silent)
+            result = replace(measured, refining=Refining(epochs)).compress(budget, progress=silent)
             found = {name: perplexity(result.model, rows) for name, rows in texts.items()}
             timed = speeds((model, result.model), tested)
             gained = [[one.prompt, one.written] for one in timed or ()]

@@ -15,6 +15,7 @@ from common import keep, parser, require_data
 from units import image_record, images, opened, studied
 
 from rankfold import Budget
+from rankfold.calibration import Refining
 from rankfold.evaluation import accuracy
 from rankfold.progress import silent
 
@@ -44,7 +45,7 @@ def main() -> None:
         for case in cases:
             measured = measured or studied(case, model, batches, batches, silent)
             budget, epochs = case.split(":")[2:]
-            result = replace(measured, refine=int(epochs)).compress(Budget(macs=float(budget)))
+            result = replace(measured, refining=Refining(int(epochs))).compress(Budget(macs=float(budget)))
             refined = result.plan.settings.get("refined_blocks", {})
             entry = image_record(
                 case,

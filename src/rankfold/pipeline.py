@@ -15,7 +15,7 @@ from rankfold.calibration.asked import calibrated, provenance
 from rankfold.calibration.forward_order import refit_, with_errors
 from rankfold.calibration.moments import Calibration
 from rankfold.calibration.pictured import pictures
-from rankfold.calibration.refining import refine_
+from rankfold.calibration.refining import Refining, refine_
 from rankfold.decompositions.metric import Moment
 from rankfold.errors import BudgetError
 from rankfold.memory import PLENTY, limited
@@ -85,7 +85,7 @@ def compress(
     calibration: str | Calibration | Iterable[Any] | None = "auto",
     calibration_samples: int | None = None,
     sequential: bool = True,
-    refine: int = 0,
+    refine: int | Refining = 0,
     align: int | None = None,
     memory: int | str | None = None,
     include: Sequence[str] | None = None,
@@ -112,7 +112,7 @@ def compress(
     then agrees with the original as often as without.
 
     With `refine`, blocks are then refined one after another by so many epochs of gradient descent on the calibration
-    inputs, towards what the original's give (`rankfold.calibration.refining`).
+    inputs, towards what the original's give; `rankfold.calibration.Refining` says more than their number.
 
     With "interpolative" among the decompositions ("auto" has it), channels of hidden activations can go as well: the
     layers around them get narrower, and what reads them rebuilds the others (`rankfold.network.channels` says which
@@ -174,7 +174,7 @@ class Study:
     budget: Budget
     search: str | Search
     in_order: bool
-    refine: int
+    refining: Refining
     memory: int
     whole_choice: bool
     settings: Mapping[str, Any]
@@ -237,13 +237,13 @@ class Study:
 
     def _refined(self, student: nn.Module, plan: Plan, progress: Progress) -> Plan:
         """The plan after blocks were refined in place, where that is asked for, with what became of them."""
-        if not self.refine:
+        if not self.refining.epochs:
             return plan
         model, known = self.whole.model, self.known
-        found = refine_(student, model, plan, known.inputs, known.held, epochs=self.refine, progress=progress)
+        found = refine_(student, model, plan, known.inputs, known.held, refining=self.refining, progress=progress)
         plan = with_errors(student, model, plan, {layer.name for layer in plan.changed}, known.moments)
         blocks = {one.name: [one.before, one.after] for one in found}
-        return replace(plan, settings={**plan.settings, "refine_epochs": self.refine, "refined_blocks": blocks})
+        return replace(plan, settings={**plan.settings, **self.refining.as_dict(), "refined_blocks": blocks})
 
 
 def study(
@@ -256,7 +256,7 @@ def study(
     calibration: str | Calibration | Iterable[Any] | None = "auto",
     calibration_samples: int | None = None,
     sequential: bool = True,
-    refine: int = 0,
+    refine: int | Refining = 0,
     align: int | None = None,
     memory: int | str | None = None,
     include: Sequence[str] | None = None,
@@ -269,8 +269,7 @@ def study(
     """
     start = time.perf_counter()
     with limited(memory) as allowed:
-        if refine < 0:
-            raise BudgetError(f"refine {refine} must not be negative: it is a number of epochs, 0 for none")
+        refining = refine if isinstance(refine, Refining) else Refining(refine)
         decomposition = usual(budget) if decomposition is None else decomposition
         compiled, model = is_compiled(model), unwrapped(model)
         check_model(model)
@@ -335,7 +334,7 @@ def study(
             budget,
             search,
             in_order,
-            refine,
+            refining,
             allowed,
             include is not None,
             settings,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from rankfold import Budget, compress
+from rankfold import ArtifactError, Budget, BudgetError, ModelError, UnknownNameError, compress
+from rankfold.calibration import Refining, refining
 from rankfold.calibration.refining import refine_
 from rankfold.files.artifact import load, save
 from rankfold.network.copies import duplicate
@@ -57,7 +58,7 @@ def distance(model: nn.Module, student: nn.Module, x: torch.Tensor) -> float:
         return float((model(x) - student(x)).square().sum() / model(x).square().sum())
 
 
-def compressed(model: nn.Module, refine: int, decomposition: Any = "svd") -> Any:
+def compressed(model: nn.Module, refine: int | Refining, decomposition: Any = "svd") -> Any:
     budget = Budget(params=0.5)
     return compress(
         model, inputs(2, 1), decomposition=decomposition, budget=budget, calibration=[inputs(0)], refine=refine
@@ -95,10 +96,10 @@ def test_a_block_that_gains_nothing_on_held_inputs_stays_as_it_was() -> None:
     model = made()
     plan, student = compressed(model, 0).plan, duplicate(model)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    found = refine_(student, model, plan, [inputs(0)], [inputs(3, 40)], epochs=2)
+    found = refine_(student, model, plan, [inputs(0)], [inputs(3, 40)], refining=Refining(2))
     assert found
     assert all(one.after == one.before for one in found)
-    assert refine_(student, model, plan, [inputs(0)], [], epochs=2) == []
+    assert refine_(student, model, plan, [inputs(0)], [], refining=Refining(2)) == []
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
 
 
@@ -107,5 +108,56 @@ def test_inputs_that_wait_in_memory_are_limited(monkeypatch: pytest.MonkeyPatch)
 
     model, plain = made(), compressed(made(), 0)
     monkeypatch.setattr(in_step, "LARGEST_SHARE", 1)
-    found = refine_(plain.model, model, plain.plan, [inputs(0)], [inputs(3, 40)], epochs=1)
+    found = refine_(plain.model, model, plain.plan, [inputs(0)], [inputs(3, 40)], refining=Refining(1))
     assert {"blocks.0", "blocks.1", "blocks.2"} <= {one.name for one in found}
+
+
+def test_given_blocks_are_refined_and_no_others() -> None:
+    model = made()
+    result = compressed(model, Refining(2, blocks=("blocks.1", "hea*")))
+    assert set(result.plan.settings["refined_blocks"]) == {"blocks.1", "head"}
+    assert result.plan.settings["refine_blocks"] == ["blocks.1", "hea*"]
+    with pytest.raises(UnknownNameError, match=r"block 'block\.1' matches nothing; nearest: blocks\.1"):
+        compressed(model, Refining(2, blocks=("block.1",)))
+    with pytest.raises(ModelError, match="blocks is no block: it is not called just once"):
+        compressed(model, Refining(2, blocks=("blocks",)))
+
+
+def test_targets_may_be_what_the_original_gives_on_the_same_inputs() -> None:
+    """With the whole share mixed, a block whose inputs are off is fitted to its own inputs, not led back."""
+    model = made()
+    found = {share: compressed(model, Refining(4, mixed=share)) for share in (0.0, 0.5, 1.0)}
+    assert found[0.5].plan.settings["refine_mixed"] == 0.5
+    lost = {share: distance(model, result.model, inputs(1)) for share, result in found.items()}
+    assert len(set(lost.values())) == 3
+    assert all(one < distance(model, compressed(model, 0).model, inputs(1)) for one in lost.values())
+    for wrong in ({"mixed": 1.5}, {"batch_size": 0}):
+        with pytest.raises(BudgetError, match="refining takes|share of mixed"):
+            Refining(2, **wrong)
+    with pytest.raises(BudgetError, match="0 for none"):
+        compressed(model, -1)
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, straight, calls = made(), compressed(made(), 3), []
+    work = refining._descended
+
+    def dying(*args: Any) -> tuple[float, float]:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return work(*args)
+
+    monkeypatch.setattr(refining, "_descended", dying)
+    with pytest.raises(KeyboardInterrupt):
+        compressed(model, Refining(3, checkpoint=tmp_path / "work"))
+    again = compressed(model, Refining(3, checkpoint=tmp_path / "work"))
+    assert len(calls) == len(straight.plan.settings["refined_blocks"]) + 1
+    assert again.plan == straight.plan
+    with torch.no_grad():
+        assert torch.equal(again.model(inputs(1)), straight.model(inputs(1)))
+    with pytest.raises(ArtifactError, match="of another run"):
+        compressed(model, Refining(4, checkpoint=tmp_path / "work"))
+    next((tmp_path / "work").glob("block-*")).write_bytes(b"cut off")
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        compressed(model, Refining(3, checkpoint=tmp_path / "work"))

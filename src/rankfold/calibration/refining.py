@@ -11,17 +11,22 @@ descent on the outputs of the whole network gains 6 points and then overfits. No
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rankfold.calibration.in_step import most_waiting
 from rankfold.calibration.moments import forward_batch
 from rankfold.calibration.walks import walking
+from rankfold.errors import ArtifactError, BudgetError
 from rankfold.memory import trim
 from rankfold.network.blocks import find_blocks, first_tensor
 from rankfold.network.passes import Inputs, copied, evaluating, split
@@ -33,10 +38,43 @@ RATE, BACK = 1e-3, 3.0
 MOMENTA = (0.9, 0.99)
 """Adam's weights of past gradients and squares."""
 BATCH = 20
-"""Inputs in a step, at most."""
+"""Inputs in a step, at most, unless said otherwise."""
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a module is called with, by position and by name."""
+
+
+@dataclass(frozen=True)
+class Refining:
+    """How blocks are refined: in so many `epochs`, passes over the inputs, in steps of `batch_size` inputs at most.
+
+    `blocks` are patterns of the names of modules that are refined; without any they are found. A block is to give what
+    the original's gives on the original's own inputs, but for the share `mixed`, in which it is to give what the
+    original's gives on the inputs that it has itself. With `checkpoint`, a folder, every block is kept there once it is
+    done, and the same run goes on from the last one.
+    """
+
+    epochs: int
+    blocks: tuple[str, ...] = ()
+    mixed: float = 0.0
+    batch_size: int = BATCH
+    checkpoint: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0 or self.batch_size < 1:
+            raise BudgetError(
+                f"refining takes a number of epochs, 0 for none, and of inputs in a step, at least 1, not "
+                f"{self.epochs} and {self.batch_size}"
+            )
+        if not 0 <= self.mixed <= 1:
+            raise BudgetError(f"the share of mixed targets is from 0 to 1, not {self.mixed}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a plan says of it: the epochs, and what else is not as usual."""
+        told = {"blocks": list(self.blocks), "mixed": self.mixed, "batch_size": self.batch_size}
+        usual = {"blocks": [], "mixed": 0.0, "batch_size": BATCH}
+        changed = {f"refine_{name}": value for name, value in told.items() if value != usual[name]}
+        return {"refine_epochs": self.epochs, **changed}
 
 
 @dataclass(frozen=True)
@@ -55,20 +93,22 @@ def refine_(
     batches: Iterable[Inputs],
     held: Iterable[Inputs],
     *,
-    epochs: int,
+    refining: Refining,
     progress: Progress = silent,
 ) -> list[Refined]:
     """Refines the student's blocks in place; one stays as it was where its error on `held` inputs does not fall.
 
-    `student` is the model as `plan` compressed it. An epoch is a pass over `batches`, in steps of `BATCH` inputs; where
-    memory does not hold what goes into an early block, some are left out there. Deterministic. Raises DataError for
-    batches that do not fit the model.
+    `student` is the model as `plan` compressed it. An epoch is a pass over `batches`; where memory does not hold what
+    goes into an early block, some are left out there. Deterministic. Raises DataError for batches that do not fit the
+    model, ModelError for given blocks that cannot be looked at alone, ArtifactError for a checkpoint of another run.
     """
-    judged, seen = split(held, BATCH), split(batches, BATCH)
-    if not (epochs and seen and judged):
+    judged, seen = split(held, refining.batch_size), split(batches, refining.batch_size)
+    if not (refining.epochs and seen and judged):
         return []
     readers = {port.layer for one in plan.narrowings for port in one.channels.consumers}
-    blocks = find_blocks(model, student, seen[0], readers | {layer.name for layer in plan.changed})
+    changed = readers | {layer.name for layer in plan.changed}
+    blocks = find_blocks(model, student, seen[0], changed, given=refining.blocks)
+    kept = _Kept.opened(refining, plan)
     both, found = [*judged, *seen], []
     theirs, own = _walks(model, blocks, both), _walks(student, blocks, both, arguments=True)
     with evaluating(model), evaluating(student), theirs as originals, own as walks:
@@ -78,8 +118,14 @@ def refine_(
             calls = [(original.to(place), walk.to(place)) for original, walk in pairs]
             module, wanted = student.get_submodule(name), [first_tensor(one) for one, _ in calls]
             if all(one is not None for one in wanted):
-                examples = _Examples([call for _, call in calls], cast("list[Tensor]", wanted), len(judged))
-                found.append(Refined(name, *_descended(module, _own(student, module), examples, epochs)))
+                inputs, own_parameters = [call for _, call in calls], _own(student, module)
+                done = kept.read_(place, own_parameters)
+                if done is None:
+                    targets = _mixed(model.get_submodule(name), inputs, cast("list[Tensor]", wanted), refining.mixed)
+                    examples = _Examples(inputs, targets, len(judged))
+                    done = _descended(module, own_parameters, examples, refining.epochs)
+                    kept.write(place, own_parameters, done)
+                found.append(Refined(name, *done))
             trim()
     progress("refining blocks", len(blocks), len(blocks))
     return found
@@ -90,6 +136,61 @@ def _walks(model: nn.Module, blocks: Mapping[str, int], batches: Sequence[Inputs
     stops = {model.get_submodule(name): place for place, name in enumerate(blocks)}
     forward = lambda batch, number: forward_batch(model, batch, number)  # noqa: E731
     return walking(model, stops, forward, batches, outputs=not arguments, arguments=arguments)
+
+
+@torch.no_grad()
+def _mixed(module: nn.Module, inputs: list[Call], wanted: list[Tensor], share: float) -> list[Tensor]:
+    """Targets: what the original's block gives on its own inputs, and for a share what it gives on some others."""
+    if not share:
+        return wanted
+    found = []
+    for call, target in zip(inputs, wanted, strict=True):
+        args, kwargs = _fresh(call)
+        found.append((1 - share) * target + share * cast(Tensor, first_tensor(module(*args, **kwargs))))
+    return found
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Blocks that are done, in a folder, by their places; nothing, where there is none. `run` tells runs apart."""
+
+    folder: Path | None
+    run: str
+
+    @classmethod
+    def opened(cls, refining: Refining, plan: Plan) -> _Kept:
+        told = repr((replace(refining, checkpoint=None), plan.to_json()))
+        if refining.checkpoint is not None:
+            refining.checkpoint.mkdir(parents=True, exist_ok=True)
+        return cls(refining.checkpoint, hashlib.sha256(told.encode()).hexdigest())
+
+    def read_(self, place: int, parameters: Sequence[nn.Parameter]) -> tuple[float, float] | None:
+        """Writes what a block became into its parameters, and returns its errors before and after, if it is done."""
+        if self.folder is None or not self._file(place).is_file():
+            return None
+        try:
+            with safe_open(self._file(place), framework="pt") as file:
+                told = file.metadata() or {}
+                values = [file.get_tensor(str(k)) for k in range(len(parameters))] if told["run"] == self.run else None
+                before, after = float(told["before"]), float(told["after"])
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise ArtifactError(f"{self._file(place)} cannot be read ({error}); remove it") from error
+        if values is None:
+            raise ArtifactError(f"{self.folder} is the checkpoint of another run; remove it, or give another folder")
+        _write_(parameters, values)
+        return before, after
+
+    def write(self, place: int, parameters: Sequence[nn.Parameter], errors: tuple[float, float]) -> None:
+        """Keeps a block."""
+        if self.folder is None:
+            return
+        told = {"run": self.run, "before": repr(errors[0]), "after": repr(errors[1])}
+        partial = self._file(place).with_suffix(".partial")
+        save_file({str(k): one.detach().contiguous() for k, one in enumerate(parameters)}, partial, metadata=told)
+        partial.replace(self._file(place))
+
+    def _file(self, place: int) -> Path:
+        return cast(Path, self.folder) / f"block-{place:05d}.safetensors"
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,12 @@ def compress(
         int,
         typer.Option(min=0, help="Epochs of descent on the calibration inputs, block by block."),
     ] = 0,
+    refine_blocks: Annotated[
+        list[str] | None, typer.Option(help="Glob of the blocks to refine (repeatable); default: found on the network.")
+    ] = None,
+    refine_checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder that refined blocks are kept in, to go on from when started again.")
+    ] = None,
     align: Annotated[
         int | None,
         typer.Option(
@@ -165,6 +171,7 @@ def compress(
     from torch import nn
 
     from rankfold.budget import Budget
+    from rankfold.calibration import Refining
     from rankfold.evaluation import latency
     from rankfold.files.artifact import check_target, digest, save
     from rankfold.pipeline import compress as run_compression
@@ -189,7 +196,7 @@ def compress(
             calibration_samples=calibration_samples,
             align=align,
             sequential=sequential,
-            refine=refine,
+            refine=Refining(refine, tuple(refine_blocks or ()), checkpoint=refine_checkpoint),
             memory=memory,
             include=include or None,
             exclude=exclude or (),

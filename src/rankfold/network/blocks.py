@@ -8,25 +8,53 @@ with one, that is as large in the student as in the original.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+import fnmatch
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 from torch import Tensor, nn
 
+from rankfold.errors import ModelError, UnknownNameError
 from rankfold.network.hooks import attached
 from rankfold.network.passes import Inputs, run, tensors_in
 
 
-def find_blocks(model: nn.Module, student: nn.Module, inputs: Inputs, changed: Set[str]) -> dict[str, int]:
-    """The blocks around some changed layers, by name in the order of their calls, with the bytes in and out of each."""
+def find_blocks(
+    model: nn.Module, student: nn.Module, inputs: Inputs, changed: Set[str], *, given: Sequence[str] = ()
+) -> dict[str, int]:
+    """The blocks around some changed layers, by name in the order of their calls, with the bytes in and out of each.
+
+    Where patterns of names are `given` the blocks are those; raises UnknownNameError for a pattern that matches none,
+    and ModelError for a module that is called more than once, or does not give a tensor of the same size in both.
+    """
     rows = list(_rows(model, "", changed))
     inside = {next((row for row in rows if f"{name}.".startswith(f"{row}.")), name) for name in changed}
+    if given:
+        inside = _named(model, given)
     original, own = (_calls(one, inside, inputs) for one in (model, student))
-    return {
+    found = {
         name: calls[0][1]
         for name, calls in original.items()
         if len(calls) == 1 and [shape for shape, _ in calls] == [shape for shape, _ in own.get(name, [])]
     }
+    if given and (left := sorted(inside - found.keys())):
+        raise ModelError(
+            f"{left[0]} is no block: it is not called just once, or what it gives is no tensor of the same size in the "
+            "compressed network; name others"
+        )
+    return found
+
+
+def _named(model: nn.Module, patterns: Sequence[str]) -> set[str]:
+    """The modules that some patterns match, none inside another."""
+    names = [name for name, _ in model.named_modules() if name]
+    found: set[str] = set()
+    for pattern in patterns:
+        matched = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+        if not matched:
+            raise UnknownNameError("block", pattern, names)
+        found |= matched
+    return {name for name in found if not any(name.startswith(f"{other}.") for other in found)}
 
 
 def first_tensor(output: Any) -> Tensor | None:

@@ -295,6 +295,7 @@ def _command(plan: Plan) -> str:
         words += ["--calibration", "none"]
     if settings.get("refine_epochs"):
         words += ["--refine", str(settings["refine_epochs"])]
+        words += [word for pattern in settings.get("refine_blocks", ()) for word in ("--refine-blocks", pattern)]
     return shlex.join([*words, "--out", "DIR"])
 
 
@@ -308,7 +309,14 @@ def _code(plan: Plan) -> str:
     budget = ", ".join(f"{unit}={limit!r}" for unit, limit in settings.get("budget", {}).items())
     given = settings.get("calibration", "none")
     data = "batches" if given == "given inputs" else repr("synthetic" if given.startswith("synthetic") else "none")
-    refine = f", refine={settings['refine_epochs']}" if settings.get("refine_epochs") else ""
+    more = "".join(
+        f", {name}={tuple(value) if isinstance(value, list) else value!r}"
+        for name in ("blocks", "mixed", "batch_size")
+        if (value := settings.get(f"refine_{name}"))
+    )
+    epochs = settings.get("refine_epochs")
+    told = f"rankfold.calibration.Refining({epochs}{more})" if more else epochs
+    refine = f", refine={told}" if epochs else ""
     return (
         "import rankfold\n\n"
         "result = rankfold.compress(\n    model, example_inputs,\n"
