@@ -108,11 +108,20 @@ def test_another_teacher_and_no_labels(small: Path, tmp_path: Path, capsys, monk
     code, text, err = run(capsys, monkeypatch, "finetune", str(small), "--data", DATA, *teacher, *options)
     report = json.loads(text)
     assert (code, err) == (0, "")
-    assert report["held_out_top1"] == {}
+    assert report["held_out_agreement"] == {}
     assert report["epochs"][0]["top1"] is None
     (first,) = load_plan(out).settings["fine_tunings"]
     assert (first["losses"]["logits"], first["training"]["scaled"], first["training"]["damping"]) == (1, False, 0)
     assert (first["teacher"], first["teacher_sha256"]) == ("zoo:digits", digest(ASSETS / "digits.safetensors"))
+
+    stopped = (*options[:-2], str(tmp_path / "stopped"), "--json", "--patience", "1")
+    code, text, err = run(capsys, monkeypatch, "finetune", str(small), "--data", DATA, "--test", DATA, *stopped)
+    report = json.loads(text)
+    assert (code, err) == (0, "")
+    assert report["held_out_agreement"]["original"] == 100
+    assert 0 < report["held_out_agreement"]["compressed"] < 100
+    assert report["epochs"][0]["top1"] == report["held_out_agreement"]["fine-tuned"]
+    assert set(report["test_top1"]) == {"original", "compressed", "fine-tuned"}
 
     again = ("--epochs", "1", "--batch-size", "32", "--out", str(tmp_path / "again"), "--json")
     code, _, err = run(capsys, monkeypatch, "finetune", str(out), "--data", DATA, *again)
@@ -127,7 +136,7 @@ def test_inputs_made_from_the_network_take_the_place_of_data(small: Path, tmp_pa
     code, text, err = run(capsys, monkeypatch, *common, "--data", "synthetic:320", "--test", DATA, "--json")
     report = json.loads(text)
     assert (code, err) == (0, "")
-    assert report["held_out_top1"] == {}
+    assert report["held_out_agreement"] == {}
     assert report["test_top1"]["fine-tuned"] > report["test_top1"]["compressed"]
     (only,) = load_plan(out).settings["fine_tunings"]
     assert (only["data"], only["losses"]["task"]) == ("synthetic:320", 0)

@@ -21,7 +21,7 @@ from rankfold.network.kinds import weight_of
 from rankfold.plan import Plan
 from rankfold.reports.demo import digits
 from rankfold.sources.data import Dataset, Normalisation
-from rankfold.training import Geometry, Losses, Trained, Training, checkpoints, fine_tune, split
+from rankfold.training import Geometry, Losses, Trained, Training, checkpoints, fine_tune, loop, split
 from rankfold.training.augment import AUGMENTATIONS, PADDING
 from rankfold.training.distillation import Distillation
 from rankfold.training.settings import rate_at
@@ -217,6 +217,29 @@ def test_weights_that_are_not_finite_do_not_replace_a_good_checkpoint(tmp_path: 
     with pytest.raises(TrainingError, match="not finite at step 10"):
         fine_tune(network(), images(), losses=Losses(logits=0.0), training=QUICK, checkpoint=place)
     assert checkpoints.read(place).facts["step"] == 5
+
+
+def test_patience_ends_a_run_that_gets_no_better_and_keeps_its_best_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    scores, judged = iter([50.0, 60.0, 55.0, 60.0, 70.0, 80.0]), []
+
+    def score(model: nn.Module, data: object) -> float:
+        judged.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return next(scores)
+
+    monkeypatch.setattr(loop, "score_of", score)
+    settings = replace(QUICK, epochs=6, patience=2)
+    options = {"losses": Losses(logits=0.0), "training": settings, "held_out": images(20)}
+    trained = fine_tune(network(), images(), **options, checkpoint=tmp_path / "state.safetensors")
+    assert [one.top1 for one in trained.epochs] == [50, 60, 55, 60]
+    for name, tensor in trained.model.state_dict().items():
+        assert torch.equal(tensor, judged[1][name])
+    resumed = fine_tune(network(), images(), **options, checkpoint=tmp_path / "state.safetensors", resume=True)
+    assert resumed.epochs == trained.epochs
+    assert equal(resumed.model, trained.model)
+    with pytest.raises(TrainingError, match="patience -1 is a number of epochs"):
+        Training(patience=-1)
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path):

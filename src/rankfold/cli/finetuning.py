@@ -58,6 +58,9 @@ def finetune(
     teacher_weights: Annotated[Path | None, typer.Option(help="The other teacher's weights.")] = None,
     weights: Annotated[Path | None, typer.Option(help="The original's weights, if they have moved.")] = None,
     minutes: Annotated[float, typer.Option(help="How old a checkpoint may be, besides that of every epoch.")] = 10.0,
+    patience: Annotated[
+        int, typer.Option(min=0, help="Stop after so many epochs without a better held-out score, and keep the best.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the order, the augmentation and what is held out.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in OUT.training.")] = False,
     as_json: Json = False,
@@ -83,6 +86,7 @@ def finetune(
         augment=augment,
         precision=precision,
         minutes=minutes,
+        patience=patience,
         seed=seed,
     )
     losses = Losses(task, logits, temperature, layer_weights, layer_outputs, reduction)

@@ -184,10 +184,11 @@ def _channels(report: Analysis) -> str:
 def fine_tuning(found: FineTuning) -> RenderableType:
     """A fine-tuning as a table: a column for the original, the compressed and the fine-tuned network."""
     table = Listing("", ">original", ">compressed", ">fine-tuned")
-    measure = "top-1 %" if found.measure == "top1" else found.measure
-    for name, scores in ((f"held-out {measure}", found.held_out), (f"test {measure}", found.test)):
+    shown = {"top1": "top-1 %", "agreement": "agreement %"}
+    measures = (("held-out", found.measure, found.held_out), ("test", found.test_measure, found.test))
+    for part, measure, scores in measures:
         if scores:
-            table.add_row(name, *(f"{score:.2f}" for score in scores))
+            table.add_row(f"{part} {shown.get(measure, measure)}", *(f"{score:.2f}" for score in scores))
     for unit in UNITS:
         was, now = getattr(found.plan.before, unit), getattr(found.plan.after, unit)
         table.add_row(unit, f"{was:,}", f"{now:,}", f"{now:,}")

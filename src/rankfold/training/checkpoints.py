@@ -58,3 +58,8 @@ def read(path: Path) -> Checkpoint:
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise TrainingError(f"{path} is not a readable checkpoint ({error}); delete it to start anew") from error
     return Checkpoint(groups, facts)
+
+
+def left(path: Path | None) -> str:
+    """What is left of a run, in words."""
+    return f"the last checkpoint, {path}, is from before" if path and path.exists() else "no checkpoint"

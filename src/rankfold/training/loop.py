@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +30,8 @@ from rankfold.training.distillation import Distillation, Losses
 from rankfold.training.examples import Examples, score_of
 from rankfold.training.log import Log
 from rankfold.training.preparation import accelerator, faster, geometry_of, optimiser, processes
-from rankfold.training.settings import Training, rate_at
+from rankfold.training.settings import Training, rate_at, seed_at
+from rankfold.training.stopping import Stopping
 from rankfold.training.synchronised import synchronise_norms_
 
 
@@ -157,7 +158,7 @@ class _Run:
         self.distillation = Distillation(losses, self.student, self.teacher, plan)
         self.augment, self.black = augmentation(training.augment), data.black
         self.steps = len(data) // training.batch_size
-        self.state = _State()
+        self.state, self.stopping = _State(), Stopping(training.patience, lower=isinstance(data, TextData))
         if precision == "auto":
             precision = faster(self.student, self.distillation, *self._batch(torch.arange(training.batch_size)))
         self.precision, self.accelerator = precision, accelerator(precision)
@@ -174,7 +175,7 @@ class _Run:
         """All steps that are left."""
         total, saved = self.steps * self.training.epochs, time.monotonic()
         ordered, order = -1, torch.empty(0)
-        while self.state.step < total:
+        while self.state.step < total and (self.state.step % self.steps or not self._over()):
             start = time.perf_counter()
             epoch, place = divmod(self.state.step, self.steps)
             if ordered != epoch:
@@ -199,10 +200,24 @@ class _Run:
                 saved = time.monotonic()
 
     def result(self) -> nn.Module:
-        """The network with the trained weights, or their average where one is kept, in evaluation mode."""
+        """The network with the best weights that were kept, or those that it has now, in evaluation mode."""
+        return self._made(self.stopping.weights or self._weights())
+
+    def _made(self, weights: Mapping[str, Tensor]) -> nn.Module:
         model = duplicate(self.skeleton)
-        model.load_state_dict({**self.student.state_dict(), **self.average})
+        model.load_state_dict(weights)
         return model.eval()
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The weights as they are, or their average where one is kept."""
+        return {**self.student.state_dict(), **self.average}
+
+    def _over(self) -> bool:
+        """Whether a process says that no better epoch is hoped for; only the main one keeps scores."""
+        if not self.training.patience:
+            return False
+        over = torch.tensor(float(self.stopping.over), device=self.device)
+        return bool(cast(Tensor, self.accelerator.reduce(over, "sum")) > 0)
 
     def restore(self, found: Checkpoint) -> None:
         """Goes on from a checkpoint; raises TrainingError where it is of another run."""
@@ -220,6 +235,8 @@ class _Run:
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": states})
         epochs = [Epoch(**one) for one in found.facts["epochs"]]
         self.state = _State(found.facts["step"], epochs, found.facts["loss_sum"], found.facts["seconds"])
+        best = {name: tensor.to(self.device) for name, tensor in found.groups.get("best", {}).items()}
+        self.stopping = replace(self.stopping, best=found.facts["best"], since=found.facts["since"], weights=best)
 
     def _placed(self, model: nn.Module) -> nn.Module:
         """A copy on this process's device, in the run's type and layout."""
@@ -228,14 +245,14 @@ class _Run:
 
     def _drawn(self, epoch: int) -> Tensor:
         """The order of the examples in an epoch."""
-        generator = torch.Generator().manual_seed(_seed(self.training.seed, 0, epoch))
+        generator = torch.Generator().manual_seed(seed_at(self.training, 0, epoch))
         return torch.randperm(len(self.data), generator=generator)
 
     def _batch(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """This process's share of a batch, augmented as the whole batch is."""
         x, y = self.data.take(chosen.tolist()).batch(0, len(chosen))
         if x.is_floating_point():
-            generator = torch.Generator().manual_seed(_seed(self.training.seed, 1, self.state.step))
+            generator = torch.Generator().manual_seed(seed_at(self.training, 1, self.state.step))
             x = self.augment(x, self.black, generator).to(self.dtype)
         x, y = (one.chunk(self.world)[self.rank].to(self.device) for one in (x, y))
         x = x.contiguous(memory_format=self.layout) if self.layout is not None else x
@@ -244,7 +261,7 @@ class _Run:
     def _step(self, chosen: Tensor, rate: float) -> dict[str, float]:
         """One step of the optimiser; the terms of the loss as numbers, over all processes."""
         x, y = self._batch(chosen)
-        torch.manual_seed(_seed(self.training.seed, 2 + self.rank, self.state.step))  # for dropout
+        torch.manual_seed(seed_at(self.training, 2 + self.rank, self.state.step))  # for dropout
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         with self.accelerator.autocast():
@@ -289,7 +306,10 @@ class _Run:
     def _close_epoch(self, held_out: Examples | None) -> None:
         """Adds the epoch that is over to the history, scored on what was held out."""
         state = self.state
-        score = score_of(self.result().to(self.device), held_out) if held_out is not None and self.main else None
+        score = None
+        if held_out is not None and self.main:
+            score = score_of(self._made(self._weights()).to(self.device), held_out)
+            self.stopping.see(score, self._weights())
         top1, other = (None, score) if isinstance(held_out, TextData) else (score, None)
         state.epochs.append(Epoch(state.loss_sum / self.steps, top1, round(state.seconds, 2), other))
         state.loss_sum = state.seconds = 0.0
@@ -306,8 +326,10 @@ class _Run:
             "model": dict(self.student.state_dict()),
             "average": self.average,
             "optimiser": moments,
+            "best": self.stopping.weights,
         }
-        facts = {**asdict(self.state), "settings": self._settings(), "precision": self.precision}
+        told = {"best": self.stopping.best, "since": self.stopping.since, "precision": self.precision}
+        facts = {**asdict(self.state), **told, "settings": self._settings()}
         checkpoints.write(path, Checkpoint(groups, facts))
 
     def _settings(self) -> dict[str, Any]:
@@ -317,18 +339,10 @@ class _Run:
         return {**asdict(self.training), "losses": losses, "examples": len(self.data), "factors": factors}
 
 
-def _seed(seed: int, stream: int, count: int) -> int:
-    """A seed of its own for every count of every stream of random numbers."""
-    return (seed * 1_000_003 + stream) * 10_000_019 + count
-
-
 def _diverged(step: int, terms: Mapping[str, float], rate: float, checkpoint: Path | None) -> str:
     """What is said of a run that is not finite, and of what is left of it."""
     shown = ", ".join(f"{name} {value:g}" for name, value in terms.items())
-    kept = (
-        f"the last checkpoint, {checkpoint}, is from before" if checkpoint and checkpoint.exists() else "no checkpoint"
-    )
     return (
-        f"the loss or a weight is not finite at step {step + 1} ({shown}; learning rate {rate:.3g}); {kept}; lower the "
-        "learning rate, or the norm that gradients are clipped at"
+        f"the loss or a weight is not finite at step {step + 1} ({shown}; learning rate {rate:.3g}); "
+        f"{checkpoints.left(checkpoint)}; lower the learning rate, or the norm that gradients are clipped at"
     )

@@ -29,7 +29,7 @@ from rankfold.sources.data import Dataset, Normalisation, open_dataset
 from rankfold.sources.models import Source, build_model, load_weights_
 from rankfold.sources.text import TextData, is_text, open_text
 from rankfold.training import Epoch, Losses, Training, fine_tune, split
-from rankfold.training.examples import Examples, score_of
+from rankfold.training.examples import Examples, decided, score_of
 from rankfold.training.preparation import processes
 
 SYNTHETIC = "synthetic:"
@@ -40,7 +40,7 @@ STAGES = ("original", "compressed", "fine-tuned")
 class FineTuning:
     """What became of a model: top-1 in percent on held-out training data, and on test data where they were given.
 
-    Of text it is the perplexity, as `measure` says.
+    Of text it is the perplexity, and without labels agreement with the original in percent, as `measure` says.
 
     Accuracies and latencies (median milliseconds of a batch of one, in turns) are those of `STAGES`, in this order;
     accuracies are empty where there are no labels. `main` is false in processes that only help.
@@ -57,11 +57,16 @@ class FineTuning:
     main: bool = True
     measure: str = "top1"
 
+    @property
+    def test_measure(self) -> str:
+        """What networks are scored by on test data, which have labels."""
+        return "top1" if self.measure == "agreement" else self.measure
+
     def as_dict(self) -> dict[str, Any]:
         """The outcome in JSON's types."""
         return {
             f"held_out_{self.measure}": dict(zip(STAGES, self.held_out, strict=False)),
-            f"test_{self.measure}": dict(zip(STAGES, self.test, strict=False)),
+            f"test_{self.test_measure}": dict(zip(STAGES, self.test, strict=False)),
             "latency_ms": dict(zip(STAGES, self.latencies_ms, strict=True)),
             "before": self.plan.before.as_dict(),
             "after": self.plan.after.as_dict(),
@@ -94,8 +99,10 @@ def fine_tune_saved(
     `data` is what `open_dataset` takes, "synthetic:COUNT" for inputs made from the original, which have no labels, or
     "text:FILE" for a language model: blocks of `length` tokens, whose next tokens are the labels.
     `held_out` examples of the data, a tenth but at most 5,000 by default, are kept for scores after every epoch and
-    never trained on; `test` is read once, at the end. `teacher` is another teacher, a MODEL and the file of its
-    weights. Beside `out` stands the folder OUT.training with the checkpoint, from which `resume` goes on, and log.csv.
+    never trained on; without labels only where they are asked for, or there is a patience, and scores are then how
+    often a network agrees with the original; `test` is read once, at the end. `teacher` is another teacher, a MODEL and
+    the file of its weights. Beside `out` stands the folder OUT.training with the checkpoint, from which `resume` goes
+    on, and log.csv.
     The saved plan lists under "fine_tunings" the settings of this run after those of any before it.
     """
     training, losses = training or Training(), losses or Losses()
@@ -114,10 +121,13 @@ def fine_tune_saved(
     else:
         everything = open_examples(data, source, shape, length)
     tested = open_examples(test, source, shape, length) if test else None
-    if not labels:
-        trained_on, chosen, losses = everything, None, replace(losses, task=0.0)
-    else:
+    trained_on: Examples = everything
+    chosen: Examples | None = None
+    if labels or held_out or training.patience:
         trained_on, chosen = split(everything, held_out or max(1, min(5000, len(everything) // 10)), training.seed)
+    if not labels:
+        losses = replace(losses, task=0.0)
+        chosen = decided(chosen, source.model) if isinstance(chosen, Dataset) else chosen
     work = target.with_name(f"{target.name}.training")
     trained = fine_tune(
         student,
@@ -167,7 +177,7 @@ def fine_tune_saved(
         time.perf_counter() - start,
         target,
         trained.main,
-        "perplexity" if isinstance(everything, TextData) else "top1",
+        "perplexity" if isinstance(everything, TextData) else "top1" if labels else "agreement",
     )
     if trained.main:
         result = Result(trained.model, plan, found.seconds)

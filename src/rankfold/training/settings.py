@@ -23,7 +23,8 @@ class Training:
     the norm of the gradient, for scaled gradients that of the weights' gradients, projected. `ema` is the decay per
     step of an average of the weights, which is the result; zero: the weights themselves. `precision` is that of the
     passes; "auto" takes bfloat16 where a trial shows it is faster. `minutes` is how long a checkpoint may be old,
-    besides the one of every epoch.
+    besides the one of every epoch. With a `patience`, training stops after so many epochs that score no better on what
+    is held out, and the weights are those of the best.
     """
 
     epochs: int = 30
@@ -42,6 +43,7 @@ class Training:
     channels_last: bool = True
     compiled: bool = False
     minutes: float = 10.0
+    patience: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -52,6 +54,8 @@ class Training:
         for name, value in positive.items():
             if value <= 0:
                 raise TrainingError(f"{name} {value} must be positive")
+        if self.patience < 0:
+            raise TrainingError(f"patience {self.patience} is a number of epochs, 0 for all of them")
         for name in ("damping", "clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise TrainingError(f"{name} {getattr(self, name)} must be zero, for none, or positive")
@@ -71,3 +75,8 @@ def rate_at(training: Training, step: int, total: int) -> float:
     if step < warmup:
         return training.rate * (step + 1) / warmup
     return 0.5 * training.rate * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+
+def seed_at(training: Training, stream: int, count: int) -> int:
+    """A seed of its own for every count of every stream of random numbers."""
+    return (training.seed * 1_000_003 + stream) * 10_000_019 + count

@@ -106,7 +106,8 @@ def _scores(metrics: Mapping[str, Any]) -> list[Figure]:
     """What is known of accuracy and latency."""
     tuned: Mapping[str, Any] = metrics.get("fine_tuning", {})
     found = []
-    for measure, name, unit in (("top1", "Top-1", " %"), ("perplexity", "Perplexity", "")):
+    measures = (("top1", "Top-1", " %"), ("agreement", "Agreement", " %"), ("perplexity", "Perplexity", ""))
+    for measure, name, unit in measures:
         for part, title in (("test", "test data"), ("held_out", "held out")):
             scores: Mapping[str, float] = tuned.get(f"{part}_{measure}") or {}
             if scores:
@@ -240,7 +241,8 @@ def _history(trace: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 def _training(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     """The course of fine-tuning."""
-    epochs = metrics.get("fine_tuning", {}).get("epochs") or []
+    tuned: Mapping[str, Any] = metrics.get("fine_tuning", {})
+    epochs = tuned.get("epochs") or []
     if not epochs:
         return None
     places = range(1, len(epochs) + 1)
@@ -249,7 +251,8 @@ def _training(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
         "loss": lines("Loss over the epochs of fine-tuning", {"loss": losses}, "epoch", "loss"),
         "score": None,
     }
-    for measure, title in (("top1", "top-1, %"), ("perplexity", "perplexity")):
+    share = "agreement, %" if "held_out_agreement" in tuned else "top-1, %"
+    for measure, title in (("top1", share), ("perplexity", "perplexity")):
         scores = [(k, one[measure]) for k, one in zip(places, epochs, strict=True) if one.get(measure) is not None]
         if scores:
             told = f"{title.partition(',')[0].capitalize()} on held-out data over the epochs"
