@@ -32,7 +32,7 @@ from units import blocks, language, sizes
 
 from rankfold import Budget, study
 from rankfold.calibration import Refining
-from rankfold.calibration.tokens import random_rows, written_rows
+from rankfold.calibration.tokens import random_rows, with_written, written_rows
 from rankfold.evaluation import perplexity, speeds
 from rankfold.progress import silent
 
@@ -75,7 +75,7 @@ def calibration(kind: str, model: Any, valid: list[dict[str, Any]]) -> list[dict
     elif kind == "written":
         text = written_rows(model, example, vocabulary, len(text))
     elif kind == "mixed":
-        text = torch.stack([text[::2], written_rows(model, example, vocabulary, len(text) // 2)], 1).flatten(0, 1)
+        text = with_written(model, text, 0.5)
     return [{"input_ids": part, "use_cache": False} for part in text.split(4)]
 
 

@@ -385,7 +385,12 @@ def side_by_side() -> str:
         ]
     rows += PUBLISHED
     rows += [
-        [f"rankfold, {one['decomposition']}, trained", *_sizes(one), f"labels, {one['epochs']} epochs, a teacher", *_tops(one)]
+        [
+            f"rankfold, {one['decomposition']}, trained",
+            *_sizes(one),
+            f"labels, {one['epochs']} epochs, a teacher",
+            *_tops(one),
+        ]
         for one in trained()
     ]
     rows.sort(key=lambda row: (-round(row[1], 2), row[5]))

@@ -8,7 +8,7 @@ from torch import nn
 
 from rankfold import Budget, DataError, compress
 from rankfold.calibration.synthetic import advice, pink_noise, synthetic_inputs, synthetic_like
-from rankfold.calibration.tokens import random_rows
+from rankfold.calibration.tokens import random_rows, with_written
 from rankfold.sources.models import optional
 
 
@@ -155,6 +155,14 @@ def test_a_model_that_predicts_the_next_token_writes_its_own_inputs():
     again = synthetic_like(model, example, 40)
     assert torch.equal(batches[0]["input_ids"], again[0]["input_ids"])
     chance = random_rows(example["input_ids"], 60, 40)
+
+    text = torch.full((9, 24), 59)
+    mixed = with_written(model, text, 1 / 3)
+    assert [bool((row == 59).all()) for row in mixed] == [True, True, False] * 3
+    assert torch.equal(mixed[[2, 5, 8]], with_written(model, text, 1 / 3)[[2, 5, 8]])
+    assert torch.equal(with_written(model, text, 0.0), text)
+    with pytest.raises(DataError, match="Reader does not predict the next token"):
+        with_written(Reader(), text, 0.5)
 
     def loss(rows: torch.Tensor) -> float:
         with torch.no_grad():

@@ -189,3 +189,15 @@ def test_a_model_of_sentences_is_scored_on_pairs(llama: Path, tmp_path: Path, ca
     assert "Spearman %" in shown
     assert "9 pairs of sentences" in shown
     assert "Spearman, pairs.csv" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_model_writes_a_share_of_what_it_is_calibrated_on(
+    llama: Path, text: Path, tmp_path: Path, capsys, monkeypatch
+):
+    common = ("compress", f"hf:{llama}", "-d", "svd", "-b", "params=0.9", "--out", str(tmp_path / "out"))
+    options = ("--calibration", f"text:{text}", "--length", "16", "--written", "0.5", "--json")
+    code, _, err = run(capsys, monkeypatch, *common, *options)
+    assert (code, err) == (0, "")
+    assert json.loads((tmp_path / "out" / "plan.json").read_text())["settings"]["calibration_samples"] == 1000 // 16
+    code, _, err = run(capsys, monkeypatch, *common, "--written", "0.5")
+    assert (code, "--written is for --calibration text:FILE, not auto" in err) == (2, True)

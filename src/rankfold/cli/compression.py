@@ -112,6 +112,14 @@ def compress(
         ),
     ] = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a block of text.")] = 512,
+    written: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of the blocks of text that the model writes itself, so that it is not fitted to one text.",
+        ),
+    ] = 0.0,
     sequential: Annotated[
         bool,
         typer.Option(help="Fit layers once more, in forward order, to the original's outputs from compressed inputs."),
@@ -192,7 +200,7 @@ def compress(
             decomposition=decompositions(decomposition) if decomposition else None,
             budget=limits,
             search=finder,
-            calibration=_calibration(calibration, calibration_samples, length, source, example, shape),
+            calibration=_calibration(calibration, calibration_samples, (length, written), source, example, shape),
             calibration_samples=calibration_samples,
             align=align,
             sequential=sequential,
@@ -248,20 +256,32 @@ def _training(
 
 
 def _calibration(
-    spec: str, samples: int | None, length: int, source: Source, example: Any, shape: tuple[int, ...] | None
+    spec: str,
+    samples: int | None,
+    blocks: tuple[int, float],
+    source: Source,
+    example: Any,
+    shape: tuple[int, ...] | None,
 ) -> str | list[Any]:
-    """What `compress` is to calibrate on: a way to make inputs, by name, or batches of data."""
+    """What `compress` is to calibrate on: a way to make inputs, by name, or batches of data.
+
+    Of `blocks` of text, their length and the share of them that the model writes.
+    """
     from rankfold.calibration.synthetic import SAMPLES
+    from rankfold.calibration.tokens import with_written
     from rankfold.sources.text import is_text, open_text
 
+    length, written = blocks
+    if written and not is_text(spec):
+        raise DataError(f"--written is for --calibration text:FILE, not {spec}; synthetic has the model write all")
     if spec in ("auto", "none", "synthetic"):
         return spec
     if is_text(spec):
-        blocks = open_text(spec, source.tokenize, length, samples or BLOCKS)
+        rows = open_text(spec, source.tokenize, length, samples or BLOCKS).rows
         others = [name for name in example if not name.endswith("input_ids")] if isinstance(example, dict) else []
         if others:
             raise DataError(f"{spec} holds tokens, and this model takes {', '.join(others)} as well; use Python")
-        parts = blocks.rows.split(BLOCKS_IN_BATCH)
+        parts = with_written(source.model, rows, written).split(BLOCKS_IN_BATCH)
         return [dict.fromkeys(example, part) if isinstance(example, dict) else part for part in parts]
     return [x for x, _ in examples(spec, samples or SAMPLES, source, shape)]
 
