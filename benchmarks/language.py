@@ -60,6 +60,10 @@ EVERY = (
 )
 
 
+IN_STEP = 4
+"""Blocks in a step of refining: each is as many targets as it has tokens."""
+
+
 def parts(case: str) -> tuple[str, str, str, str]:
     """A case's method, share kept, epochs and inputs."""
     method, kept, epochs, inputs = (case.split(":") + ["0", "valid"][case.count(":") - 1 :])[:4]
@@ -109,7 +113,7 @@ def main() -> None:
         measured = study(model, example, budget=first, calibration=inputs, **METHODS[method])
         for case, budget in budgets.items():
             epochs = int(parts(case)[2])
-            result = replace(measured, refining=Refining(epochs)).compress(budget, progress=silent)
+            result = replace(measured, refining=Refining(epochs, batch_size=IN_STEP)).compress(budget, progress=silent)
             found = {name: perplexity(result.model, rows) for name, rows in texts.items()}
             timed = speeds((model, result.model), tested)
             gained = [[one.prompt, one.written] for one in timed or ()]
