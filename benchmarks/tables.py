@@ -238,15 +238,20 @@ SPEED = {
 """The columns of the records of calibrated compression."""
 
 
+CALIBRATED = {"valid": "text", "written": "its own", "mixed": "half and half", "random": "random"}
+"""What a language model was calibrated on: a text, tokens that it wrote, of both, or tokens at random."""
+
+
 def language_models(records: list[dict[str, Any]]) -> str:
     """A language model by method and size: perplexity on both texts, what was lost, and the speed that came of it."""
-    header = ["method", "epochs by blocks", "of the blocks kept"]
+    header = ["method", "calibrated on", "epochs by blocks", "of the blocks kept"]
     texts = list(records[0]["perplexity"])
     header += [f"perplexity, {text}" for text in texts] + [f"nats lost, {text}" for text in texts]
     header += ["tokens/s, prompt", "tokens/s, written", "seconds", "GB"]
     rows = [
         [
             one["method"],
+            CALIBRATED[one.get("inputs", "valid")],
             str(one["epochs"]),
             f"{100 * one['blocks_kept']:.1f} %",
             *(f"{one['perplexity'][text]} ({one['base_perplexity'][text]})" for text in texts),
@@ -556,6 +561,7 @@ def _fill_training() -> None:
             rows = sorted(records, key=lambda one: (one.get("model", ""), -one.get("budget", 0), one.get("epochs", 0)))
             fill(ROOT / "docs" / "calibration.md", marker, f"\n{rows_of(rows, columns)}\n\n{source(records)}")
     if records := gathered("language"):
+        records.sort(key=lambda one: (one["method"], one.get("inputs", "valid"), one["epochs"], -one["blocks_kept"]))
         fill(ROOT / "docs" / "language.md", "language", f"\n{language_models(records)}\n\n{source(records)}")
     for marker, belongs in FINE_TUNINGS.items():
         if part := [one for one in newest("finetune") if belongs(one)]:

@@ -184,6 +184,7 @@ def compress(
     from rankfold.files.artifact import check_target, digest, save
     from rankfold.pipeline import compress as run_compression
     from rankfold.reports.page import write_page
+    from rankfold.sources.text import is_text
 
     limits = Budget.parse(budget)
     small = out.with_name(f"{out.name}.compressed") if finetune else out
@@ -204,7 +205,12 @@ def compress(
             calibration_samples=calibration_samples,
             align=align,
             sequential=sequential,
-            refine=Refining(refine, tuple(refine_blocks or ()), checkpoint=refine_checkpoint),
+            refine=Refining(
+                refine,
+                tuple(refine_blocks or ()),
+                batch_size=BLOCKS_IN_BATCH if is_text(calibration) else Refining.batch_size,
+                checkpoint=refine_checkpoint,
+            ),
             memory=memory,
             include=include or None,
             exclude=exclude or (),
