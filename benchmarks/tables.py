@@ -238,6 +238,72 @@ SPEED = {
 """The columns of the records of calibrated compression."""
 
 
+def bits(records: list[dict[str, Any]]) -> str:
+    """A language model by what is kept of it and the bits of its weights."""
+    texts = list(records[0]["perplexity"])
+    header = ["of the blocks kept", "bits", "MB", *(f"perplexity, {text}" for text in texts)]
+    rows = [
+        [
+            f"{100 * one['blocks_kept']:.0f} %",
+            str(one["bits"]),
+            str(one["megabytes"]),
+            *map(str, one["perplexity"].values()),
+        ]
+        for one in sorted(records, key=lambda one: -one["megabytes"])
+    ]
+    return table(header, rows)
+
+
+def text_rates(records: list[dict[str, Any]]) -> str:
+    """Fine-tunings of a language model on text, before and after."""
+    header = ["optimiser", "rate", "steps", "tokens", "held-out perplexity", "wikitext2", "pydoc", "seconds"]
+    rows = [
+        [
+            one["optimiser"],
+            f"{one['rate']:g}",
+            str(one["steps"]),
+            f"{one['tokens']:,}",
+            *(" → ".join(map(str, pair)) for pair in (one["held_out"], *one["perplexity"].values())),
+            str(one["seconds"]),
+        ]
+        for one in sorted(records, key=lambda one: (one["steps"], one["optimiser"], one["rate"]))
+    ]
+    return table(header, rows)
+
+
+def growth(records: list[dict[str, Any]]) -> str:
+    """Seconds and gigabytes by sizes, and the exponents by which they grow."""
+    header = ["layers", "what grows", "sizes", "seconds", "exponent", "gigabytes", "exponent"]
+    rows = [
+        [
+            one["kind"],
+            one["axis"],
+            *(", ".join(f"{value:g}" for value in one[name]) for name in ("sizes", "seconds")),
+            f"{one['exponent_of_time']:g}",
+            ", ".join(f"{value:g}" for value in one["gigabytes"]),
+            f"{one['exponent_of_memory']:g}",
+        ]
+        for one in records
+    ]
+    return table(header, rows)
+
+
+def sums(records: list[dict[str, Any]]) -> str:
+    """What is reached by the least of every sum of errors, a column per network."""
+    columns = list(dict.fromkeys((one["model"], one["method"], one["kept"]) for one in records))
+    ways = list(dict.fromkeys(one["sum"] for one in records))
+    found = {(one["model"], one["method"], one["kept"], one["sum"]): one for one in records}
+    header = ["the least sum of …", *(f"{model}, {method}, {100 * kept:.0f} %" for model, method, kept in columns)]
+    rows = [
+        [
+            way,
+            *(str(one.get("top1", one.get("perplexity", "–"))) for one in (found.get((*c, way), {}) for c in columns)),
+        ]
+        for way in ways
+    ]
+    return table(header, rows)
+
+
 CALIBRATED = {"valid": "text", "written": "its own", "mixed": "half and half", "random": "random"}
 """What a language model was calibrated on: a text, tokens that it wrote, of both, or tokens at random."""
 
@@ -563,6 +629,14 @@ def _fill_training() -> None:
     if records := gathered("language"):
         records.sort(key=lambda one: (one["method"], one.get("inputs", "valid"), one["epochs"], -one["blocks_kept"]))
         fill(ROOT / "docs" / "language.md", "language", f"\n{language_models(records)}\n\n{source(records)}")
+    for marker, rows_of_records, path in (
+        ("language_bits", bits, "language"),
+        ("language_finetuning", text_rates, "language"),
+        ("cost", growth, "cost"),
+        ("sums", sums, "units"),
+    ):
+        if records := gathered(marker):
+            fill(ROOT / "docs" / f"{path}.md", marker, f"\n{rows_of_records(records)}\n\n{source(records)}")
     for marker, belongs in FINE_TUNINGS.items():
         if part := [one for one in newest("finetune") if belongs(one)]:
             body = f"\n{fine_tunings(part)}\n\n{source(part)}"
