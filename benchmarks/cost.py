@@ -2,8 +2,8 @@
 
 A row of layers of one kind, with ReLU between them, is compressed to half its MACs; one of its sizes changes at a time,
 each size in a process of its own. The exponent is the slope of the least-squares line through the logarithms of sizes
-and seconds (or of memory beyond that of a process that only imports), over the upper half of the sizes, where fixed
-costs are small. `--only KIND:AXIS` runs some rows.
+and seconds (or of memory beyond that of a process that has the network and the inputs), over the upper half of the
+sizes, where fixed costs are small. `--only KIND:AXIS` runs some rows.
 """
 
 from __future__ import annotations

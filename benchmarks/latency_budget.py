@@ -52,14 +52,8 @@ def task(measured: Study, budget: Budget) -> Task:
         search,
         measured.before,
         measured.whole_choice,
-        compiled(measured),
+        measured.compiled,
     )
-
-
-def compiled(measured: Study) -> bool:
-    """Whether the times of a study are those of compiled networks."""
-    found: bool = measured.settings.get("timed", {}).get("compiled", False)
-    return found
 
 
 def planned(measured: Study, budget: Budget) -> Found:
@@ -75,7 +69,7 @@ def timed(measured: Study, found: Found) -> tuple[float, float]:
         measured.inputs,
         rounds=ROUNDS,
         seconds=SECONDS,
-        compiled=compiled(measured),
+        compiled=measured.compiled,
     )
     return before, after
 

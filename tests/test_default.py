@@ -33,6 +33,7 @@ def test_without_inputs_channels_stay(search: str, small_cnn: nn.Module):
     budget = Budget(macs=0.6)
     result = compress(small_cnn, batches(1)[0][:1], budget=budget, search=search, calibration="none")
     assert not result.plan.narrowings
+    assert result.plan.settings["decomposition"] == ["cp3"]
     assert result.after.macs <= 0.6 * result.before.macs
 
 

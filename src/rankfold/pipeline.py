@@ -29,7 +29,7 @@ from rankfold.network.rehearsal import verified
 from rankfold.network.surgery import apply_plan
 from rankfold.network.timing.context import timing_of
 from rankfold.plan import KNOWN_PLAN, Plan
-from rankfold.planning import Decompositions, Task, as_json, assign, measure, placed, suited, usual
+from rankfold.planning import Decompositions, Task, assign, measure, placed, suited, told, usual
 from rankfold.progress import Progress, silent
 from rankfold.punctual import punctual_plan
 from rankfold.search import Search
@@ -99,9 +99,8 @@ def compress(
 
     `search` is a name of `rankfold.search.SEARCHES`, or a search of your own settings, such as `Rene(...)`.
 
-    `example_inputs` is a tensor, a tuple of positional or a dict of keyword arguments; MACs are counted for one pass
-    over them, so give a batch of one to read them per example. `include` and `exclude` are glob patterns over layer
-    names.
+    `example_inputs` is a tensor, a tuple of positional or a dict of keyword arguments; MACs are those of one pass over
+    them, so give a batch of one to read them per example. `include` and `exclude` are glob patterns of layers' names.
 
     With `calibration`, errors are those of the layers' outputs on some inputs, by which ranks are chosen and factors
     fitted: an iterable of unlabelled batches, or what `calibrate` measured on them; "synthetic" for inputs made from
@@ -180,6 +179,11 @@ class Study:
     settings: Mapping[str, Any]
     seconds: float
 
+    @property
+    def compiled(self) -> bool:
+        """Whether latencies are those of compiled networks."""
+        return bool(self.settings.get("timed", {}).get("compiled"))
+
     def compress(self, budget: Budget | None = None, *, progress: Progress = silent) -> Result:
         """A smaller network within the study's budget, or another of its kind, as `rankfold.compress` gives it.
 
@@ -201,7 +205,7 @@ class Study:
             placed(self.search, self.whole.model),
             self.before,
             self.whole_choice,
-            self.settings.get("timed", {}).get("compiled", False),
+            self.compiled,
         )
         found = punctual_plan(task, self.layers, self.curves, self.widths, progress=progress)
         plan = replace(found.plan, settings={**found.plan.settings, **self.settings})
@@ -218,8 +222,8 @@ class Study:
         plan = verified(self.model, student, plan, self.inputs)
         setattr(student, KNOWN_PLAN, plan)
         drawn = outlines(self.curves, self.widths, next(iter(budget.units), "macs"))
-        seconds = self.seconds + time.perf_counter() - start
-        return Result(student, plan, seconds, found.trace, drawn, pictures(self.known.inputs))
+        taken = self.seconds + time.perf_counter() - start
+        return Result(student, plan, taken, found.trace, drawn, pictures(self.known.inputs))
 
     def _ordered(self, student: nn.Module, plan: Plan, progress: Progress) -> tuple[nn.Module, Plan]:
         """A student fitted in forward order, or as it was where that is not asked for or does not help."""
@@ -319,7 +323,7 @@ def study(
             **timing,
             **({"memory": allowed} if memory is not None or allowed < PLENTY else {}),
             "priced": any(one.price.errors for one in curves),
-            "decomposition": as_json(decomposition),
+            "decomposition": told(decomposition, choices),
         }
         return Study(
             model,

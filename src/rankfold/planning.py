@@ -319,6 +319,13 @@ def _first_match(layer: LayerSpec, mapping: Mapping[str, str | Sequence[str]]) -
     return None
 
 
+def told(decomposition: Decompositions, choices: Mapping[str, Sequence[str]]) -> str | list[str] | dict[str, Any]:
+    """What a plan says that it chose from: what was given, or of the default what was left of it."""
+    if decomposition is DEFAULT and not any(INTERPOLATIVE in names for names in choices.values()):
+        return list(DEFAULT[:1])
+    return as_json(decomposition)
+
+
 def as_json(decomposition: Decompositions) -> str | list[str] | dict[str, str | list[str]]:
     """A user's choice of decompositions in JSON's types."""
     if isinstance(decomposition, Mapping):

@@ -38,8 +38,7 @@ def punctual_plan(
     Times of layers do not add up to a network's quite. So what a plan makes is timed beside the original before
     anything is fitted, and a plan is sought again for another sum, between those that are known to be too large and too
     small. The plan's settings hold what was predicted and measured in every turn; from the second on, what is predicted
-    lies between what was measured of the plans next to it. Raises BudgetError where no plan was measured to keep the
-    limit.
+    goes by what was measured of the plans before. Raises BudgetError where no plan was measured to keep the limit.
     """
     if LATENCY not in task.budget.given:
         return feasible_plan(task, layers, curves, widths, progress=progress)

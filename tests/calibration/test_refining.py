@@ -124,13 +124,15 @@ def test_given_blocks_are_refined_and_no_others() -> None:
 
 
 def test_targets_may_be_what_the_original_gives_on_the_same_inputs() -> None:
-    """With the whole share mixed, a block whose inputs are off is fitted to its own inputs, not led back."""
     model = made()
     found = {share: compressed(model, Refining(4, mixed=share)) for share in (0.0, 0.5, 1.0)}
     assert found[0.5].plan.settings["refine_mixed"] == 0.5
     lost = {share: distance(model, result.model, inputs(1)) for share, result in found.items()}
     assert len(set(lost.values())) == 3
     assert all(one < distance(model, compressed(model, 0).model, inputs(1)) for one in lost.values())
+    plain = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
+    narrow = compressed(plain, Refining(2, mixed=0.5), "interpolative")  # the original cannot take what its layers get
+    assert narrow.plan.narrowings
     for wrong in ({"mixed": 1.5}, {"batch_size": 0}):
         with pytest.raises(BudgetError, match="refining takes|share of mixed"):
             Refining(2, **wrong)
@@ -158,6 +160,9 @@ def test_a_run_that_was_killed_goes_on_from_its_last_block(tmp_path: Path, monke
         assert torch.equal(again.model(inputs(1)), straight.model(inputs(1)))
     with pytest.raises(ArtifactError, match="of another run"):
         compressed(model, Refining(4, checkpoint=tmp_path / "work"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="is a file; a checkpoint"):
+        Refining(3, checkpoint=tmp_path / "file")
     next((tmp_path / "work").glob("block-*")).write_bytes(b"cut off")
     with pytest.raises(ArtifactError, match="cannot be read"):
         compressed(model, Refining(3, checkpoint=tmp_path / "work"))

@@ -195,9 +195,14 @@ def test_a_model_writes_a_share_of_what_it_is_calibrated_on(
     llama: Path, text: Path, tmp_path: Path, capsys, monkeypatch
 ):
     common = ("compress", f"hf:{llama}", "-d", "svd", "-b", "params=0.9", "--out", str(tmp_path / "out"))
-    options = ("--calibration", f"text:{text}", "--length", "16", "--written", "0.5", "--json")
-    code, _, err = run(capsys, monkeypatch, *common, *options)
-    assert (code, err) == (0, "")
-    assert json.loads((tmp_path / "out" / "plan.json").read_text())["settings"]["calibration_samples"] == 1000 // 16
+    options = ("--calibration", f"text:{text}", "--length", "16", "--json")
+    found = []
+    for more in ((), ("--written", "0"), ("--written", "0.5")):
+        code, _, err = run(capsys, monkeypatch, *common, *options, *more)
+        assert (code, err) == (0, "")
+        plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+        assert plan["settings"]["calibration_samples"] == 1000 // 16
+        found.append([layer["error"] for layer in plan["layers"]])
+    assert found[0] == found[1] != found[2]
     code, _, err = run(capsys, monkeypatch, *common, "--written", "0.5")
     assert (code, "--written is for --calibration text:FILE, not auto" in err) == (2, True)

@@ -42,6 +42,8 @@ def test_scores_that_are_the_models_own_agree_wholly_and_turned_round_not_at_all
     assert similarity(model, first, second, [-one for one in cosines]).spearman == pytest.approx(-100)
     with pytest.raises(DataError, match="all the same: there is no correlation"):
         similarity(model, first, second, [1.0] * 20)
+    with pytest.raises(DataError, match="a sentence has no tokens"):
+        similarity(model, [[], *first[1:]], second, [float(k) for k in range(20)])
 
 
 @pytest.mark.parametrize("heading", ["", "first,second,score\n"])
@@ -52,12 +54,20 @@ def test_pairs_are_read_with_a_heading_or_without(heading: str, tmp_path: Path) 
     assert (found.first, found.second, found.scores) == (("a b", "e", "g"), ("c, d", "f", "h"), (4.5, 0.0, 1.0))
 
 
+def test_tabs_are_read_as_they_stand(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.tsv"
+    path.write_text('\ufeffa "b\tc, d\t4\ne\tf" g\t0\nh\ti\t1\n', encoding="utf-8")
+    assert open_pairs(f"pairs:{path}").first == ('a "b', "e", "h")
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         (None, "does not exist"),
         (b"\xff\xfe", "UTF-8"),
-        (b"a,b,1\nc,d\ne,f,2\ng,h,3\n", r"row 2: not two sentences and a number, but 2 fields"),
+        (b"a,b,1\nc,d\ne,f,2\ng,h,3\n", r"row 2: it has 2 fields; a row is a sentence"),
+        (b"a,b,1\nc,d,high\ne,f,2\ng,h,3\n", r"row 2: its score is 'high'"),
+        (b"a,b\nc,d,1\ne,f,2\ng,h,3\n", r"row 1: it has 2 fields"),
         (b"a,b,1\nc,d,2\n", "holds 2 pairs of sentences; a correlation needs at least 3"),
     ],
 )

@@ -177,14 +177,27 @@ def test_a_run_that_was_killed_goes_on_to_the_same_result(
     with pytest.raises(Killed):
         compress_files(tmp_path / "whole", tmp_path / "small", **options)
     assert (tmp_path / ".small.partial").is_dir()
-    with pytest.raises(ArtifactError, match=r"another run \(its budget differ\)"):
-        compress_files(tmp_path / "whole", tmp_path / "small", **{**options, "budget": Budget(params=0.7)})
+    with pytest.raises(ArtifactError, match=r"another run \(its decomposition differ\)"):
+        compress_files(tmp_path / "whole", tmp_path / "small", **{**options, "decomposition": "tucker"})
     again = compress_files(tmp_path / "whole", tmp_path / "small", **options)
     assert len(calls) == 4  # two blocks, the one that it died at, and that one again
     assert again == plan
     for path in sorted((tmp_path / "straight").iterdir()):
         assert (tmp_path / "small" / path.name).read_bytes() == path.read_bytes(), path.name
     assert sorted(one.name for one in tmp_path.iterdir()) == ["small", "straight", "whole"]
+
+
+def test_what_was_measured_serves_another_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rankfold.files import by_blocks
+
+    saved(tmp_path / "whole", CONFIGS["llama"]())
+    options: dict[str, Any] = {"decomposition": "svd", "memory": "1GB"}
+    straight = compress_files(tmp_path / "whole", tmp_path / "straight", budget=Budget(params=0.8), **options)
+    with pytest.raises(BudgetError, match="smallest feasible one"):
+        compress_files(tmp_path / "whole", tmp_path / "small", budget=Budget(params=0.01), resume=True, **options)
+    monkeypatch.setattr(by_blocks, "measure_block", lambda *_, **__: pytest.fail("measured again"))
+    again = compress_files(tmp_path / "whole", tmp_path / "small", budget=Budget(params=0.8), resume=True, **options)
+    assert again == straight
 
 
 def test_without_being_asked_for_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

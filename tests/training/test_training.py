@@ -238,6 +238,8 @@ def test_patience_ends_a_run_that_gets_no_better_and_keeps_its_best_epoch(
     resumed = fine_tune(network(), images(), **options, checkpoint=tmp_path / "state.safetensors", resume=True)
     assert resumed.epochs == trained.epochs
     assert equal(resumed.model, trained.model)
+    with pytest.raises(TrainingError, match="patience needs examples that are held out"):
+        fine_tune(network(), images(), losses=Losses(logits=0.0), training=settings)
     with pytest.raises(TrainingError, match="patience -1 is a number of epochs"):
         Training(patience=-1)
 

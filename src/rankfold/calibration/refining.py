@@ -29,7 +29,7 @@ from rankfold.calibration.walks import walking
 from rankfold.errors import ArtifactError, BudgetError
 from rankfold.memory import trim
 from rankfold.network.blocks import find_blocks, first_tensor
-from rankfold.network.passes import Inputs, copied, evaluating, split
+from rankfold.network.passes import Inputs, copied, digest_of, evaluating, split
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
 
@@ -66,6 +66,8 @@ class Refining:
                 f"refining takes a number of epochs, 0 for none, and of inputs in a step, at least 1, not "
                 f"{self.epochs} and {self.batch_size}"
             )
+        if self.checkpoint is not None and self.checkpoint.is_file():
+            raise ArtifactError(f"{self.checkpoint} is a file; a checkpoint of refining is a folder")
         if not 0 <= self.mixed <= 1:
             raise BudgetError(f"the share of mixed targets is from 0 to 1, not {self.mixed}")
 
@@ -108,8 +110,8 @@ def refine_(
     readers = {port.layer for one in plan.narrowings for port in one.channels.consumers}
     changed = readers | {layer.name for layer in plan.changed}
     blocks = find_blocks(model, student, seen[0], changed, given=refining.blocks)
-    kept = _Kept.opened(refining, plan)
     both, found = [*judged, *seen], []
+    kept = _Kept.opened(refining, plan, both)
     theirs, own = _walks(model, blocks, both), _walks(student, blocks, both, arguments=True)
     with evaluating(model), evaluating(student), theirs as originals, own as walks:
         for place, (name, most) in enumerate(most_waiting(blocks).items()):
@@ -140,14 +142,19 @@ def _walks(model: nn.Module, blocks: Mapping[str, int], batches: Sequence[Inputs
 
 @torch.no_grad()
 def _mixed(module: nn.Module, inputs: list[Call], wanted: list[Tensor], share: float) -> list[Tensor]:
-    """Targets: what the original's block gives on its own inputs, and for a share what it gives on some others."""
-    if not share:
-        return wanted
+    """Targets: what the original's block gives on its own inputs, and for a share what it gives on some others.
+
+    Where these lost channels the original's block cannot take them, and its own inputs are all that counts.
+    """
     found = []
-    for call, target in zip(inputs, wanted, strict=True):
+    for call, target in zip(inputs, wanted, strict=True) if share else ():
         args, kwargs = _fresh(call)
-        found.append((1 - share) * target + share * cast(Tensor, first_tensor(module(*args, **kwargs))))
-    return found
+        try:
+            given = cast(Tensor, first_tensor(module(*args, **kwargs)))
+        except RuntimeError:
+            return wanted
+        found.append((1 - share) * target + share * given)
+    return found or wanted
 
 
 @dataclass(frozen=True)
@@ -158,10 +165,17 @@ class _Kept:
     run: str
 
     @classmethod
-    def opened(cls, refining: Refining, plan: Plan) -> _Kept:
-        told = repr((replace(refining, checkpoint=None), plan.to_json()))
-        if refining.checkpoint is not None:
+    def opened(cls, refining: Refining, plan: Plan, batches: Iterable[Inputs]) -> _Kept:
+        """The blocks in a checkpoint's folder, which is made where it is not there."""
+        if refining.checkpoint is None:
+            return cls(None, "")
+        layers = [(one.name, one.decomposition, one.ranks, one.narrowed, one.error) for one in plan.layers]
+        gone = [(one.channels.name, one.kept) for one in plan.narrowings]
+        told = repr((replace(refining, checkpoint=None), layers, gone, digest_of(batches)))
+        try:
             refining.checkpoint.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArtifactError(f"{refining.checkpoint} cannot be a checkpoint's folder: {error.strerror}") from error
         return cls(refining.checkpoint, hashlib.sha256(told.encode()).hexdigest())
 
     def read_(self, place: int, parameters: Sequence[nn.Parameter]) -> tuple[float, float] | None:
@@ -186,8 +200,12 @@ class _Kept:
             return
         told = {"run": self.run, "before": repr(errors[0]), "after": repr(errors[1])}
         partial = self._file(place).with_suffix(".partial")
-        save_file({str(k): one.detach().contiguous() for k, one in enumerate(parameters)}, partial, metadata=told)
-        partial.replace(self._file(place))
+        try:
+            save_file({str(k): one.detach().clone() for k, one in enumerate(parameters)}, partial, metadata=told)
+            partial.replace(self._file(place))
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise ArtifactError(f"cannot write {self._file(place)}: {error}; the blocks before it are kept") from error
 
     def _file(self, place: int) -> Path:
         return cast(Path, self.folder) / f"block-{place:05d}.safetensors"

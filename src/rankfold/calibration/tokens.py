@@ -103,10 +103,10 @@ def with_written(
     """
     if not share:
         return rows
-    found = tokens_of(model, rows) if writes(model, rows) else None
+    found = tokens_of(model, rows[:1]) if writes(model, rows) else None
     if found is None:
         raise DataError(f"{type(model).__name__} does not predict the next token, so it writes no text to calibrate on")
-    count = round(share * len(rows))
+    count = max(1, round(share * len(rows)))
     places = [k for k in range(len(rows)) if (k + 1) * count // len(rows) > k * count // len(rows)]
     rows = rows.clone()
     rows[places] = written_rows(model, rows[:1], found[1], count, seed=seed, progress=progress).to(rows)
@@ -132,6 +132,8 @@ def batches_like(example_inputs: Inputs, place: int | str, rows: Tensor, batch_s
 
 def _continued(model: nn.Module, first: Tensor, length: int, *, seed: int = 0) -> Tensor:
     """Rows of so many tokens, the first of each given, on the CPU."""
+    if length < 2:
+        return first[:, :length]
     first = first.to(device_of(model))
     with evaluating(model), seeded(model, seed), torch.no_grad():
         found: Tensor = cast(Any, model).generate(

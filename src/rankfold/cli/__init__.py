@@ -34,7 +34,7 @@ def main() -> None:
     except typer.Exit as done:
         sys.exit(done.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        _fail("interrupted; nothing was written", 130)
+        _fail("interrupted; nothing was written but what a checkpoint keeps, where one was asked for", 130)
     except RankfoldError as error:
         _fail(str(error), 2)
     except UsageError as error:

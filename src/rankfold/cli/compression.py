@@ -31,6 +31,7 @@ from rankfold.reports import tables
 from rankfold.reports.layout import show
 
 if TYPE_CHECKING:
+    from rankfold.budget import Budget
     from rankfold.search import Search
     from rankfold.sources.models import Source
     from rankfold.training import Training
@@ -181,15 +182,14 @@ def compress(
     from rankfold.budget import Budget
     from rankfold.calibration import Refining
     from rankfold.evaluation import latency
-    from rankfold.files.artifact import check_target, digest, save
+    from rankfold.files.artifact import digest, save
     from rankfold.pipeline import compress as run_compression
     from rankfold.reports.page import write_page
     from rankfold.sources.text import is_text
 
     limits = Budget.parse(budget)
     small = out.with_name(f"{out.name}.compressed") if finetune else out
-    for target in {out, small}:
-        check_target(target)
+    _check({out, small}, limits, compiled=compiled, refined=bool(refine), more=bool(refine_blocks or refine_checkpoint))
     source, example, shape = open_model(model, weights, input_shape, seed)
     example = as_timed_(source.model, example, device=device, batch=batch, channels_last=channels_last, threads=threads)
     training = _training(finetune, test, source, shape, length, epochs=epochs, augment=augment, seed=seed)
@@ -241,6 +241,18 @@ def compress(
         print_json(told)
     else:
         show(*shown)
+
+
+def _check(targets: set[Path], limits: Budget, *, compiled: bool, refined: bool, more: bool) -> None:
+    """Raises what is to be said of places that are taken, and of options that only mean something beside others."""
+    from rankfold.files.artifact import check_target
+
+    for target in targets:
+        check_target(target)
+    if compiled and "latency" not in limits.given:
+        raise BudgetError("--compile is for a limit on the latency, for example --budget latency=0.7; leave it out")
+    if more and not refined:
+        raise BudgetError("--refine-blocks and --refine-checkpoint are for --refine EPOCHS; give a number of epochs")
 
 
 def _training(

@@ -43,8 +43,12 @@ def similarity(
     A sentence's embedding is the mean of the model's first output over its tokens, or that output where it has none.
     Raises DataError for a model that does not take tokens alone, and where all its similarities are the same.
     """
+    if not all(map(len, (*first, *second))):
+        raise DataError("a sentence has no tokens; leave its pair out")
     vectors = embeddings(model, [*first, *second], progress=progress, what=what)
     cosines = functional.cosine_similarity(vectors[: len(first)], vectors[len(first) :])
+    if not bool(cosines.isfinite().all()):
+        raise DataError("the model gives embeddings that are not finite")
     if len(cosines.unique()) < 2 or len(set(scores)) < 2:
         raise DataError("the model finds all pairs alike, or their scores are all the same: there is no correlation")
     return Similarity(100 * float(spearmanr(cosines.numpy(), list(scores)).statistic), len(scores))

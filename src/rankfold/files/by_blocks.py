@@ -7,7 +7,6 @@ it, and let go. Once all have been measured a plan is made, and every block is r
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from rankfold.files.artifact import check_target
 from rankfold.files.pretrained import is_ours
 from rankfold.files.stream import Stream, batches_for, entering, row_of, skeleton
 from rankfold.files.unfinished import Unfinished
-from rankfold.memory import limited, trim
-from rankfold.network.passes import tensors_in
+from rankfold.memory import PLENTY, limited, trim
+from rankfold.network.passes import digest_of
 from rankfold.plan import Plan
 from rankfold.planning import Decompositions, as_json
 from rankfold.progress import Progress, silent
@@ -68,18 +67,19 @@ def compress_files(
         blocks = {f"{row}.{name}": block for name, block in model.get_submodule(row).named_children()}
         given = batches_for(model, calibration)
         start = entering(model, shards, row, list(blocks.values()), given)
-        run = _identity(source, shards, given, budget, decomposition)
+        limit = {"memory": allowed} if memory is not None or allowed < PLENTY else {}
+        run = _identity(source, shards, given, budget, decomposition, limit) if resume else {}
         unfinished = Unfinished(target, run, resumed=resume)
-        found = _measured(unfinished, blocks, shards, start, decomposition, budget, progress)
-        before = _cost(shards, found)
-        plans, settings = plan_blocks(found, before, budget, progress)
-        settings |= {
-            "calibration": "random tokens" if calibration is None else "given inputs",
-            "calibration_batches": len(given),
-            "memory": allowed,
-            "decomposition": as_json(decomposition),
-        }
         try:
+            found = _measured(unfinished, blocks, shards, start, decomposition, budget, progress)
+            before = _cost(shards, found)
+            plans, settings = plan_blocks(found, before, budget, progress)
+            settings |= {
+                "calibration": "random tokens" if calibration is None else "given inputs",
+                "calibration_batches": len(given),
+                **limit,
+                "decomposition": as_json(decomposition),
+            }
             plans = _written(unfinished, blocks, shards, start, plans, decomposition, progress)
             plan = whole_plan(plans, before, settings)
             unfinished.finish(source, model, plan)
@@ -92,18 +92,23 @@ def compress_files(
 
 
 def _identity(
-    source: Path, shards: Shards, batches: Sequence[Any], budget: Budget, decomposition: Decompositions
+    source: Path,
+    shards: Shards,
+    batches: Sequence[Any],
+    budget: Budget,
+    decomposition: Decompositions,
+    memory: dict[str, int],
 ) -> dict[str, Any]:
     """What a run is known by: the same of it give the same result."""
-    hasher = hashlib.sha256()
-    for tensor in (one for batch in batches for one in tensors_in(batch)):
-        hasher.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     files = {name: (source / name).stat() for name in sorted({*shards.files.values(), "config.json"})}
+    named = as_json(decomposition)
     return {
         "model": {name: [one.st_size, one.st_mtime_ns] for name, one in files.items()},
-        "calibration": hasher.hexdigest(),
+        "calibration": digest_of(batches),
         "budget": {name: str(limit) for name, limit in budget.given.items()},
-        "decomposition": as_json(decomposition),
+        "units": list(budget.units),
+        "memory": memory,
+        "decomposition": [list(pair) for pair in named.items()] if isinstance(named, dict) else named,
     }
 
 

@@ -207,8 +207,10 @@ def _place(program: torch.export.ExportedProgram, error: BaseException) -> str:
     told, cause = "", cast("BaseException | None", error)
     while cause is not None:
         told, cause = f"{told}{cause}\n", cause.__cause__ or cause.__context__
-    for node in program.graph.nodes:
-        if node.op == "call_function" and str(node.target) in told:
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    named = [node for node in calls if f"%{node.name} " in told]
+    for node in named or calls:
+        if named or str(node.target) in told:
             stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
             name = stack[-1].removeprefix("model").removeprefix(".") if stack else ""
             return f"{name or 'the network'}: its operator {node.target}"

@@ -44,9 +44,11 @@ def _encoded(value: Any, tensors: dict[str, Tensor]) -> Any:
     """A value in JSON's types; arrays go to `tensors`."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, (np.ndarray, np.generic, Tensor)):
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (np.ndarray, Tensor)):
         name = str(len(tensors))
-        tensors[name] = value.contiguous() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+        tensors[name] = value.contiguous().clone() if isinstance(value, Tensor) else torch.from_numpy(value.copy())
         return {"tensor" if isinstance(value, Tensor) else "array": name}
     if isinstance(value, (tuple, list)):
         return {type(value).__name__: [_encoded(one, tensors) for one in value]}

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -23,8 +23,8 @@ from rankfold.sources.shards import INDEX, SINGLE
 
 SHARD = 2**30
 """Bytes of a file of what is in no block, about."""
-RUN = "run.json"
-"""What says which run a directory is of."""
+RUN, BUDGET = "run.json", "budget"
+"""What says which run a directory is of, and the entry of it that curves do not hang on."""
 
 
 class Unfinished:
@@ -61,10 +61,17 @@ class Unfinished:
         path = self.partial / f"plan-{block:05d}.json"
         if not (self.resumed and path.is_file()):
             return None
-        with safe_open(self.partial / _file(len(self.files)), framework="pt") as file:
-            names = list(file.keys())
-            self.bytes += sum(file.get_tensor(name).nbytes for name in names)
+        part = self.partial / _file(len(self.files))
+        try:
+            with safe_open(part, framework="pt") as file:
+                names = list(file.keys())
+                size = sum(file.get_tensor(name).nbytes for name in names)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(
+                f"{part} cannot be read ({error}); remove {path}, and its block is made again"
+            ) from error
         self.files.append(names)
+        self.bytes += size
         return Plan.from_json(path.read_text(encoding="utf-8"))
 
     def add(self, number: int, prefix: str, block: nn.Module, plan: Plan) -> None:
@@ -89,21 +96,23 @@ class Unfinished:
 
         if self.waiting:
             self._write(self.waiting)
-        for pattern in (RUN, "curves-*", "plan-*"):
-            for file in self.partial.glob(pattern):
-                file.unlink()
         names = [f"model-{k + 1:05d}-of-{len(self.files):05d}.safetensors" for k in range(len(self.files))]
-        for number, name in enumerate(names):
-            (self.partial / _file(number)).rename(self.partial / name)
         places = {key: name for keys, name in zip(self.files, names, strict=True) for key in keys}
         index = {"metadata": {"total_size": self.bytes}, "weight_map": places}
-        (self.partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
+        write_text(self.partial / INDEX, json.dumps(index, indent=2, sort_keys=True))
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
         config["quantization_config"] = PlanConfig(plan.to_json()).to_dict()
-        (self.partial / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        for file in _others(source):
+        write_text(self.partial / "config.json", json.dumps(config, indent=2))
+        write_text(self.partial / "README.md", card(model, plan, plain=False))
+        others = list(_others(source))
+        for file in others:
             shutil.copy(file, self.partial / file.name)
-        (self.partial / "README.md").write_text(card(model, plan, plain=False), encoding="utf-8")
+        for number, name in enumerate(names):
+            (self.partial / _file(number)).rename(self.partial / name)
+        wanted = {INDEX, "config.json", "README.md", *names, *(file.name for file in others)}
+        for file in self.partial.iterdir():
+            if file.name not in wanted:
+                file.unlink()
         move_into_place(self.partial, self.target)
         self.resumed = False
 
@@ -113,18 +122,23 @@ class Unfinished:
             shutil.rmtree(self.partial, ignore_errors=True)
 
     def _begin(self, run: dict[str, Any]) -> None:
+        """Takes over what is there of the same run; of one with another budget, what was measured."""
         path = self.partial / RUN
         try:
             known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         except (OSError, ValueError):
-            known = {}
-        if known is not None and known != run:
-            other = sorted(name for name in run if not isinstance(known, dict) or known.get(name) != run[name])
+            known = None
+        if not isinstance(known, dict):
+            shutil.rmtree(self.partial, ignore_errors=True)
+        elif other := sorted(name for name in run if known.get(name) != run[name] and name != BUDGET):
             raise ArtifactError(
-                f"{self.partial} holds the beginnings of another run (its {', '.join(other) or 'options'} differ); "
-                "remove it, or run the same again"
+                f"{self.partial} holds the beginnings of another run (its {', '.join(other)} differ); remove it, or "
+                "run the same again"
             )
-        if known is None:
+        elif known.get(BUDGET) != run[BUDGET]:
+            for file in (*self.partial.glob("plan-*"), *self.partial.glob("part-*")):
+                file.unlink()
+        if known != run:
             write_text(path, json.dumps(run))
 
     def _write(self, state: dict[str, Tensor]) -> None:

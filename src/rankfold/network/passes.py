@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -163,6 +164,29 @@ def describe_inputs(inputs: Inputs) -> str:
     if isinstance(inputs, (tuple, list)):
         return "(" + ", ".join(map(describe_inputs, inputs)) + ")"
     return type(inputs).__name__
+
+
+def digest_of(batches: Iterable[Inputs]) -> str:
+    """SHA-256 of some batches: names, types, shapes and values."""
+    hasher = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Mapping):
+            for name, one in value.items():
+                hasher.update(repr(name).encode())
+                add(one)
+        elif isinstance(value, (tuple, list)):
+            hasher.update(repr(len(value)).encode())
+            for one in value:
+                add(one)
+        elif isinstance(value, Tensor):
+            hasher.update(repr((value.dtype, tuple(value.shape))).encode())
+            hasher.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            hasher.update(repr(value).encode())
+
+    add(list(batches))
+    return hasher.hexdigest()
 
 
 def output_of(output: Any) -> Tensor:

@@ -61,7 +61,9 @@ def load_model(transformers: Any, name: str) -> tuple[nn.Module, str]:
 
 def tokenize(transformers: Any, name: str, text: str) -> list[int]:
     """The tokens of a text, with what the model's tokenizer puts around it; raises DataError where there is none."""
-    return list(_tokenizer(transformers, name)(text).input_ids)
+    tokenizer = _tokenizer(transformers, name)
+    with quiet(transformers):
+        return list(tokenizer(text).input_ids)
 
 
 @lru_cache(maxsize=1)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from rankfold.errors import DataError
 
@@ -37,18 +38,20 @@ def open_pairs(spec: str) -> Pairs:
     """
     path = Path(spec.removeprefix(KIND))
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+            rows = list(csv.reader(file, **cast(Any, tabs)))
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} is not a readable table in UTF-8: {error}") from error
     scored = [(number, row, _score(row)) for number, row in enumerate(rows, 1) if row]
-    if scored and math.isnan(scored[0][2]):
+    if scored and len(scored[0][1]) == 3 and math.isnan(scored[0][2]):
         del scored[0]
     for number, row, score in scored:
         if math.isnan(score):
-            raise DataError(f"{path}, row {number}: not two sentences and a number, but {len(row)} fields")
+            what = f"its score is {row[2]!r}" if len(row) == 3 else f"it has {len(row)} fields"
+            raise DataError(f"{path}, row {number}: {what}; a row is a sentence, another one, and a number")
     if len(scored) < 3:
         raise DataError(f"{path} holds {len(scored)} pairs of sentences; a correlation needs at least 3")
     first, second, scores = zip(*((row[0], row[1], score) for _, row, score in scored), strict=True)

@@ -32,14 +32,24 @@ def split(data: Part, held_out: int, seed: int = 0) -> tuple[Part, Part]:
     return cast(Part, data.take(sorted(order[held_out:]))), cast(Part, data.take(sorted(order[:held_out])))
 
 
-def decided(data: Dataset, model: nn.Module) -> Dataset:
-    """The same inputs with the classes that a model puts first as their labels: top-1 on them is agreement with it."""
+def decided(data: Examples | None, model: nn.Module) -> Examples | None:
+    """The same inputs with the classes that a model puts first as their labels: top-1 on them is agreement with it.
+
+    Blocks of text stay as they are. Raises TrainingError for a model that does not give a row of logits per input.
+    """
+    if not isinstance(data, Dataset):
+        return data
     device, dtype = next((p.device, p.dtype) for p in model.parameters() if p.is_floating_point())
     found = []
     with evaluating(model), torch.no_grad():
         for start in range(0, len(data), BATCH):
             x, _ = data.batch(start, start + BATCH)
-            found.append(output_of(model(x.to(device, dtype))).argmax(-1).cpu())
+            logits = output_of(model(x.to(device, dtype)))
+            if logits.ndim != 2:
+                raise TrainingError(
+                    "the teacher's output is not a row of logits per input; hold nothing out, without patience"
+                )
+            found.append(logits.argmax(-1).cpu())
     return replace(data, y=torch.cat(found).numpy())
 
 

@@ -96,6 +96,8 @@ def fine_tune(
     TrainingError for settings that do not fit, and for a loss that is not finite, with the last checkpoint kept.
     """
     training, losses = training or Training(), losses or Losses()
+    if training.patience and held_out is None:
+        raise TrainingError("patience needs examples that are held out to score on; give some, or set it to zero")
     if resume and checkpoint is None:
         raise TrainingError("there is nothing to resume from without a checkpoint; say where it is")
     found = checkpoints.read(checkpoint) if resume and checkpoint else None

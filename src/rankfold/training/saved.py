@@ -40,7 +40,7 @@ STAGES = ("original", "compressed", "fine-tuned")
 class FineTuning:
     """What became of a model: top-1 in percent on held-out training data, and on test data where they were given.
 
-    Of text it is the perplexity, and without labels agreement with the original in percent, as `measure` says.
+    Of text it is the perplexity, and without labels agreement with the teacher in percent, as `measure` says.
 
     Accuracies and latencies (median milliseconds of a batch of one, in turns) are those of `STAGES`, in this order;
     accuracies are empty where there are no labels. `main` is false in processes that only help.
@@ -100,7 +100,7 @@ def fine_tune_saved(
     "text:FILE" for a language model: blocks of `length` tokens, whose next tokens are the labels.
     `held_out` examples of the data, a tenth but at most 5,000 by default, are kept for scores after every epoch and
     never trained on; without labels only where they are asked for, or there is a patience, and scores are then how
-    often a network agrees with the original; `test` is read once, at the end. `teacher` is another teacher, a MODEL and
+    often a network agrees with its teacher; `test` is read once, at the end. `teacher` is another teacher, a MODEL and
     the file of its weights. Beside `out` stands the folder OUT.training with the checkpoint, from which `resume` goes
     on, and log.csv.
     The saved plan lists under "fine_tunings" the settings of this run after those of any before it.
@@ -121,18 +121,18 @@ def fine_tune_saved(
     else:
         everything = open_examples(data, source, shape, length)
     tested = open_examples(test, source, shape, length) if test else None
+    taught_by = _teacher(teacher) if teacher else source.model
     trained_on: Examples = everything
     chosen: Examples | None = None
     if labels or held_out or training.patience:
         trained_on, chosen = split(everything, held_out or max(1, min(5000, len(everything) // 10)), training.seed)
     if not labels:
-        losses = replace(losses, task=0.0)
-        chosen = decided(chosen, source.model) if isinstance(chosen, Dataset) else chosen
+        losses, chosen = replace(losses, task=0.0), decided(chosen, taught_by)
     work = target.with_name(f"{target.name}.training")
     trained = fine_tune(
         student,
         trained_on,
-        teacher=_teacher(teacher) if teacher else source.model,
+        teacher=taught_by,
         plan=plan,
         original=source.model,
         training=training,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -22,7 +23,7 @@ class Stopping:
         """Takes note of an epoch's score and weights; lower scores are better where `lower` is set."""
         if not self.patience or score is None:
             return
-        if self.best is None or (score < self.best if self.lower else score > self.best):
+        if self.best is None or math.isnan(self.best) or (score < self.best if self.lower else score > self.best):
             self.best, self.since = score, 0
             self.weights = {name: tensor.detach().clone() for name, tensor in state.items()}
         else:
