@@ -135,7 +135,10 @@ def test_a_language_model_is_fine_tuned_on_text(llama: Path, tmp_path: Path, cap
     common = ("-d", "svd", "-b", "params=0.8", "--calibration", "none")
     code, _, err = run(capsys, monkeypatch, "compress", f"hf:{llama}", *common, "--out", str(out), "--json")
     assert (code, err) == (0, "")
-    options = ("--data", f"text:{text}", "--length", "20", "--epochs", "3", "--rate", "0.1", "--test", f"text:{text}")
+    options = (
+        "--data", f"text:{text}", "--length", "20", "--epochs", "3", "--optimiser", "sgd", "--rate", "0.1",
+        "--test", f"text:{text}",
+    )  # fmt: skip
     code, told, err = run(
         capsys, monkeypatch, "finetune", str(out), *options, "--logits", "0", "--out", str(tuned), "--json"
     )

@@ -266,11 +266,12 @@ def _training(
     from rankfold.sources.text import is_text
     from rankfold.training import Training
     from rankfold.training.saved import open_examples, synthetic_count
+    from rankfold.training.settings import TEXT
 
     for spec in (finetune if synthetic_count(finetune) is None else None, test):
         if spec is not None:
             open_examples(spec, source, shape, length)
-    return Training(batch_size=BLOCKS_IN_BATCH if is_text(finetune) else Training.batch_size, **settings)
+    return Training(**{**(TEXT if is_text(finetune) else {}), **settings})
 
 
 def _calibration(

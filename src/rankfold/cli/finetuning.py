@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from rankfold.cli.options import BLOCKS_IN_BATCH, Json, print_json, progress_bars
+from rankfold.cli.options import Json, print_json, progress_bars
 from rankfold.errors import TrainingError
 from rankfold.reports import tables
 from rankfold.reports.layout import show
@@ -29,8 +29,11 @@ def finetune(
         typer.Option(min=1, help="Examples per step, of all processes together; default 128, or 4 blocks of text."),
     ] = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a block of text.")] = 512,
-    optimiser: Annotated[str, typer.Option(help="sgd or adamw.")] = "sgd",
-    rate: Annotated[float, typer.Option(help="Learning rate after the warm-up; falls to zero along a cosine.")] = 0.003,
+    optimiser: Annotated[str | None, typer.Option(help="sgd or adamw; default sgd, on text adamw.")] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Learning rate after the warm-up, then along a cosine to zero; default 0.003, on text 1e-4."),
+    ] = None,
     weight_decay: Annotated[float, typer.Option(help="Weight decay of everything but biases and norms.")] = 5e-4,
     clip: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 for none.")] = 20.0,
     ema: Annotated[
@@ -70,14 +73,15 @@ def finetune(
     from rankfold.sources.text import is_text
     from rankfold.training import Losses, Training
     from rankfold.training.saved import fine_tune_saved
+    from rankfold.training.settings import TEXT
 
     if (teacher is None) != (teacher_weights is None):
         raise TrainingError("--teacher and --teacher-weights go together; give both, or neither for the original")
+    given = {"batch_size": batch_size, "optimiser": optimiser, "rate": rate}
+    said: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     training = Training(
+        **{**(TEXT if is_text(data) else {}), **said},
         epochs=epochs,
-        batch_size=batch_size or (BLOCKS_IN_BATCH if is_text(data) else Training.batch_size),
-        optimiser=optimiser,
-        rate=rate,
         weight_decay=weight_decay,
         clip=clip,
         damping=damping,

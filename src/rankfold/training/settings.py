@@ -69,6 +69,10 @@ class Training:
         return self.scaled and self.optimiser == "sgd"
 
 
+TEXT = {"batch_size": 4, "optimiser": "adamw", "rate": 1e-4}
+"""What is usual for blocks of text, unless said otherwise: docs/language.md has what was measured."""
+
+
 def rate_at(training: Training, step: int, total: int) -> float:
     """The learning rate of a step: a linear rise over the warm-up, then a cosine to zero."""
     warmup = min(training.warmup, max(total // 10, 1))
