@@ -1,7 +1,8 @@
 """Fine-tuning of a language model on plain text, taught by its original: which rate, and what half an hour gives.
 
 SmolLM2-135M-Instruct, its widths at 80 % of its blocks' parameters, calibrated and then trained on WikiText-2's
-validation text in steps of two blocks of 512 tokens. A case is OPTIMISER:RATE:STEPS. The last 24 blocks are held out:
+validation text in steps of two blocks of 512 tokens. A case is OPTIMISER:RATE:STEPS, with :unlabelled without the loss
+of the next token, so that the original's distributions are all that it learns from. The last 24 blocks are held out:
 settings are compared by the perplexity on them; of the test text and another kind of text (`language.py`) 12 evenly
 spaced blocks of 1,024 tokens are scored.
 """
@@ -26,7 +27,8 @@ HELD, BLOCKS = 24, 460
 """Blocks that are held out, and all there are."""
 TEMPERATURE = 1.0
 BATCH = 2
-CASES = ("sgd:0.003:16", "sgd:0.03:16", "sgd:0.3:16", "adamw:1e-5:16", "adamw:1e-4:16", "adamw:1e-3:16")
+RATES = ("sgd:0.003", "sgd:0.03", "adamw:1e-5", "adamw:1e-4", "adamw:1e-3")
+CASES = (*(f"{rate}:8" for rate in RATES), "adamw:1e-4:8:unlabelled")
 
 
 def main() -> None:
@@ -45,7 +47,7 @@ def main() -> None:
     before = {name: round(perplexity(result.model, text).value, 2) for name, text in texts.items()}
     held = round(perplexity(result.model, rows[-HELD:]).value, 2)
     for case in arguments.only or CASES:
-        optimiser, rate, steps = case.split(":")
+        optimiser, rate, steps, *unlabelled = case.split(":")
         start = time.perf_counter()
         trained = fine_tune(
             result.model,
@@ -55,7 +57,7 @@ def main() -> None:
             training=Training(
                 epochs=1, batch_size=BATCH, optimiser=optimiser, rate=float(rate), weight_decay=0.0, precision="no"
             ),
-            losses=Losses(temperature=TEMPERATURE),
+            losses=Losses(task=0.0 if unlabelled else 1.0, temperature=TEMPERATURE),
         )
         seconds = time.perf_counter() - start
         keep(
@@ -66,6 +68,7 @@ def main() -> None:
                     blocks_kept=KEPT,
                     optimiser=optimiser,
                     rate=float(rate),
+                    labels=not unlabelled,
                     steps=int(steps),
                     tokens=int(steps) * BATCH * rows.shape[1],
                     held_out=[held, round(perplexity(trained.model, rows[-HELD:]).value, 2)],

@@ -256,11 +256,12 @@ def bits(records: list[dict[str, Any]]) -> str:
 
 def text_rates(records: list[dict[str, Any]]) -> str:
     """Fine-tunings of a language model on text, before and after."""
-    header = ["optimiser", "rate", "steps", "tokens", "held-out perplexity", "wikitext2", "pydoc", "seconds"]
+    header = ["optimiser", "rate", "labels", "steps", "tokens", "held-out perplexity", "wikitext2", "pydoc", "seconds"]
     rows = [
         [
             one["optimiser"],
             f"{one['rate']:g}",
+            "next tokens" if one.get("labels", True) else "none",
             str(one["steps"]),
             f"{one['tokens']:,}",
             *(" → ".join(map(str, pair)) for pair in (one["held_out"], *one["perplexity"].values())),
