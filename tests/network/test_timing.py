@@ -285,13 +285,13 @@ def test_the_command_line_limits_time(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "small"
-    options = ("--budget", "latency=0.9", "--batch", "16", "--channels-last", "--calibration", "none", "--json")
+    options = ("--budget", "latency=0.95", "--batch", "16", "--channels-last", "--calibration", "none", "--json")
     code, told, _ = run(
         capsys, monkeypatch, "compress", "zoo:cifar10_resnet20", "--out", str(out), "-d", "svd", *options
     )
     assert code == 0
     content = json.loads(told)
-    assert content["after"]["latency"] <= 0.9 * content["before"]["latency"]
+    assert content["after"]["latency"] <= 0.95 * content["before"]["latency"]
     plan = json.loads((out / "plan.json").read_text())
     assert plan["settings"]["timed"]["batch"] == 16
     assert plan["settings"]["timed"]["channels_last"] is True
