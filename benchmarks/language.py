@@ -58,8 +58,6 @@ EVERY = (
     *(f"widths:{kept}:2" for kept in KEPT),
     *(f"widths:{kept}:0:{inputs}" for inputs in ("written", "mixed", "random") for kept in KEPT),
 )
-
-
 IN_STEP = 4
 """Blocks in a step of refining: each is as many targets as it has tokens."""
 

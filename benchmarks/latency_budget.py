@@ -2,8 +2,8 @@
 
 A case MODEL:DECOMPOSITIONS:LIMIT:BATCH is a plan within a share of the original's time, with :compiled that of what
 `torch.compile` makes of both. Its record holds what was predicted and measured of the first plan and the last, before
-any fit. With `--accuracy` the network is fitted on 500
-images and scored, beside the one of most MACs whose plan was measured to keep the limit as well (in steps of 5 %).
+any fit. With `--accuracy` the network is fitted on 500 images and scored, beside the one of most MACs whose plan was
+measured to keep the limit as well (in steps of 5 %).
 """
 
 from __future__ import annotations

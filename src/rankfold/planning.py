@@ -321,8 +321,9 @@ def _first_match(layer: LayerSpec, mapping: Mapping[str, str | Sequence[str]]) -
 
 def told(decomposition: Decompositions, choices: Mapping[str, Sequence[str]]) -> str | list[str] | dict[str, Any]:
     """What a plan says that it chose from: what was given, or of the default what was left of it."""
-    if decomposition is DEFAULT and not any(INTERPOLATIVE in names for names in choices.values()):
-        return list(DEFAULT[:1])
+    for usually in (DEFAULT, FAST):
+        if decomposition is usually and not any(INTERPOLATIVE in names for names in choices.values()):
+            return [name for name in usually if name != INTERPOLATIVE]
     return as_json(decomposition)
 
 

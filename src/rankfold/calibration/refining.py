@@ -74,9 +74,8 @@ class Refining:
     def as_dict(self) -> dict[str, Any]:
         """What a plan says of it: the epochs, and what else is not as usual."""
         told = {"blocks": list(self.blocks), "mixed": self.mixed, "batch_size": self.batch_size}
-        usual = {"blocks": [], "mixed": 0.0, "batch_size": BATCH}
-        changed = {f"refine_{name}": value for name, value in told.items() if value != usual[name]}
-        return {"refine_epochs": self.epochs, **changed}
+        changed = [name for name in told if getattr(self, name) != getattr(Refining, name)]
+        return {"refine_epochs": self.epochs, **{f"refine_{name}": told[name] for name in changed}}
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ Seed = Annotated[int, typer.Option(help="Seed of the initial weights, where no w
 
 _BATCH = 128
 BLOCKS_IN_BATCH = 4
-"""Blocks of text in a pass, or in a step of training, unless said otherwise."""
+"""Blocks of text in a pass, or in a step of refining, unless said otherwise."""
 
 
 def open_model(

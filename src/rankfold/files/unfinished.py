@@ -19,7 +19,7 @@ from rankfold.files.artifact import move_into_place, write_text
 from rankfold.files.pretrained import card
 from rankfold.files.records import read_record, write_record
 from rankfold.plan import Plan
-from rankfold.sources.shards import INDEX, SINGLE
+from rankfold.sources.shards import INDEX, SINGLE, size_in
 
 SHARD = 2**30
 """Bytes of a file of what is in no block, about."""
@@ -65,7 +65,7 @@ class Unfinished:
         try:
             with safe_open(part, framework="pt") as file:
                 names = list(file.keys())
-                size = sum(file.get_tensor(name).nbytes for name in names)
+                size = sum(size_in(file, name)[1] for name in names)
         except (OSError, SafetensorError) as error:
             raise ArtifactError(
                 f"{part} cannot be read ({error}); remove {path}, and its block is made again"

@@ -8,13 +8,13 @@ with one, that is as large in the student as in the original.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 from torch import Tensor, nn
 
 from rankfold.errors import ModelError, UnknownNameError
+from rankfold.network.finding import matches
 from rankfold.network.hooks import attached
 from rankfold.network.passes import Inputs, run, tensors_in
 
@@ -50,7 +50,7 @@ def _named(model: nn.Module, patterns: Sequence[str]) -> set[str]:
     names = [name for name, _ in model.named_modules() if name]
     found: set[str] = set()
     for pattern in patterns:
-        matched = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+        matched = {name for name in names if matches(name, pattern)}
         if not matched:
             raise UnknownNameError("block", pattern, names)
         found |= matched

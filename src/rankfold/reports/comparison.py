@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from rankfold.budget import Cost
-from rankfold.errors import DataError
 from rankfold.evaluation import (
     Accuracy,
     Perplexity,
@@ -26,12 +25,14 @@ from rankfold.evaluation import (
 from rankfold.evaluation.language import check_causal
 from rankfold.files.artifact import load, load_plan
 from rankfold.files.original import load_original_, one_input, rebuild
+from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
 from rankfold.sources.data import Normalisation, open_dataset
 from rankfold.sources.devices import open_device
 from rankfold.sources.pairs import open_pairs
-from rankfold.sources.text import Blocks, open_text
+from rankfold.sources.text import Blocks, known_tokenizer, open_text
 
+NAMES = ("the original", "the compressed model")
 LENGTH = 1024
 """Tokens in a block of text, unless said otherwise."""
 
@@ -152,16 +153,12 @@ def compare_on_pairs(
     plan = load_plan(directory)
     source, _ = rebuild(plan, directory)
     pairs = open_pairs(data)
-    tokenize = source.tokenize
-    if tokenize is None:
-        raise DataError(f"{data} needs a model with a tokenizer: give it as hf:NAME or hf:DIR")
+    tokenize = known_tokenizer(data, source.tokenize)
     first, second = ([tokenize(one) for one in side] for side in (pairs.first, pairs.second))
-    student = load(directory, source.model)
-    load_original_(source.model, plan, weights)
-    models = _placed(device, source.model, student)
+    models = _both(directory, source.model, plan, weights, device)
     scores = [
         similarity(model, first, second, pairs.scores, progress=progress, what=f"scoring {name}")
-        for model, name in zip(models, ("the original", "the compressed model"), strict=True)
+        for model, name in zip(models, NAMES, strict=True)
     ]
     longest = {"input_ids": torch.tensor([max((*first, *second), key=len)])}
     sides = zip(scores, (plan.before, plan.after), latency(models, longest), strict=True)
@@ -186,13 +183,10 @@ def compare_on_text(
     source, _ = rebuild(plan, directory)
     check_causal(source.model)
     blocks = open_text(data, source.tokenize, length, samples)
-    student = load(directory, source.model)
-    load_original_(source.model, plan, weights)
-    models = _placed(device, source.model, student)
-    names = ("the original", "the compressed model")
+    models = _both(directory, source.model, plan, weights, device)
     scores = [
         perplexity(model, blocks.rows, progress=progress, what=f"scoring {name}")
-        for model, name in zip(models, names, strict=True)
+        for model, name in zip(models, NAMES, strict=True)
     ]
     timed = speeds(models, blocks.rows) or (None, None)
     costs = (plan.before, plan.after)
@@ -235,6 +229,15 @@ def compare(
     return Comparison(
         len(dataset), Side(base, plan.before, dense_ms), Side(scored, plan.after, student_ms), normalisation
     )
+
+
+def _both(
+    directory: str | Path, model: nn.Module, plan: Plan, weights: str | Path | None, device: str
+) -> tuple[nn.Module, ...]:
+    """The original with its weights, and the model saved in a directory, on a device."""
+    student = load(directory, model)
+    load_original_(model, plan, weights)
+    return _placed(device, model, student)
 
 
 def _placed(device: str, *models: nn.Module) -> tuple[nn.Module, ...]:

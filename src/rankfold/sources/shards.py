@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,7 @@ class Shards:
     def size(self, name: str) -> tuple[int, int]:
         """The entries and the bytes of a tensor."""
         with self._opened(name) as file:
-            part = file.get_slice(name)
-            entries = 1
-            for side in part.get_shape():
-                entries *= side
-            return entries, entries * _BYTES[part.get_dtype()]
+            return size_in(file, name)
 
     def fill_(self, module: nn.Module, prefix: str) -> None:
         """Gives a module its weights, and the buffers that are kept; raises ModelError for one that is not there."""
@@ -92,6 +89,13 @@ _BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+
+
+def size_in(file: Any, name: str) -> tuple[int, int]:
+    """The entries and the bytes of a tensor in an opened file of safetensors, by its header alone."""
+    part = file.get_slice(name)
+    entries = math.prod(part.get_shape())
+    return entries, entries * _BYTES[part.get_dtype()]
 
 
 def to_meta_(module: nn.Module) -> None:

@@ -57,6 +57,13 @@ def is_text(spec: str) -> bool:
     return spec.startswith(KIND)
 
 
+def known_tokenizer(spec: str, tokenize: Callable[[str], list[int]] | None) -> Callable[[str], list[int]]:
+    """What tokenises the data of a specification; raises DataError where the model has nothing to."""
+    if tokenize is None:
+        raise DataError(f"{spec} needs a model with a tokenizer: give it as hf:NAME or hf:DIR")
+    return tokenize
+
+
 def open_text(
     spec: str, tokenize: Callable[[str], list[int]] | None, length: int, samples: int | None = None
 ) -> Blocks:
@@ -66,8 +73,7 @@ def open_text(
     the text cannot be read or is shorter than a block.
     """
     path = Path(spec.removeprefix(KIND))
-    if tokenize is None:
-        raise DataError(f"{spec} needs a model with a tokenizer: give it as hf:NAME or hf:DIR")
+    tokenize = known_tokenizer(spec, tokenize)
     if length < 2:
         raise DataError(f"blocks of {length} tokens are too short: give at least 2")
     try:

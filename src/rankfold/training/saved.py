@@ -43,7 +43,7 @@ class FineTuning:
     Of text it is the perplexity, and without labels agreement with the teacher in percent, as `measure` says.
 
     Accuracies and latencies (median milliseconds of a batch of one, in turns) are those of `STAGES`, in this order;
-    accuracies are empty where there are no labels. `main` is false in processes that only help.
+    accuracies are empty where nothing was held out, or given to test on. `main` is false in processes that only help.
     """
 
     plan: Plan
