@@ -117,11 +117,12 @@ def _imagenet(folder: Path, name: str, options: dict[str, Any]) -> Made:
     return model, batches[0][:1], {**options, "calibration": batches}, lambda one: accuracy(one, scored).top1
 
 
-def run(case: str, folder: Path) -> dict[str, Any]:
+def run(case: str, folder: Path, device: str) -> dict[str, Any]:
     """One case in this process."""
     import rankfold
 
     model, example, options, score = CASES[case](folder)
+    model.to(device)
     budget = rankfold.Budget(**options.pop("budget"))
     stages: dict[str, float] = {}
     last, since = "preparing", time.perf_counter()
@@ -144,12 +145,13 @@ def run(case: str, folder: Path) -> dict[str, Any]:
         "error_reached": round(sum(layer.error for layer in result.plan.layers), 4),
         "score": None if score is None else round(score(result.model), 2),
         "stages": stages,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
     }
 
 
-def measured(case: str, folder: Path, source: Path, limit: int) -> dict[str, Any]:
+def measured(case: str, folder: Path, source: Path, limit: int, device: str) -> dict[str, Any]:
     """One case in a process of its own, with the package of a checkout."""
-    command = [sys.executable, __file__, "--data", str(folder), "--run", case]
+    command = [sys.executable, __file__, "--data", str(folder), "--run", case, "--device", device]
     places = os.pathsep.join([str(source / "src"), str(Path(__file__).parent)])
     try:
         done = subprocess.run(
@@ -171,16 +173,18 @@ def main() -> None:
     arguments.add_argument("--only", action="append", choices=list(CASES), help="a case (repeatable)")
     arguments.add_argument("--before", type=Path, help="another checkout, to be measured in turn with this one")
     arguments.add_argument("--limit", type=int, default=1800, help="seconds after which a case is given up")
+    arguments.add_argument("--device", default="cpu")
     arguments.add_argument("--run", choices=list(CASES), help="run one case here and print its record")
     given = arguments.parse_args()
     folder = require_data(given)
     if given.run:
-        print(json.dumps(run(given.run, folder)))
+        print(json.dumps(run(given.run, folder, given.device)))
         return
     for case in given.only or CASES:
-        own = measured(case, folder, Path(__file__).resolve().parents[1], given.limit)
-        before = measured(case, folder, given.before, given.limit) if given.before else None
-        keep([record(case=case, what=(CASES[case].__doc__ or "").rstrip("."), **own, before=before)])
+        own = measured(case, folder, Path(__file__).resolve().parents[1], given.limit, given.device)
+        before = measured(case, folder, given.before, given.limit, given.device) if given.before else None
+        name = case if given.device == "cpu" else f"{case}, {given.device}"
+        keep([record(case=name, what=(CASES[case].__doc__ or "").rstrip("."), **own, before=before)])
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from common import RESULTS, network, parser, record, require_data, unlabelled, w
 
 from rankfold import Budget, compress, save
 from rankfold.files.artifact import digest, load_plan
+from rankfold.fine_tuning import fine_tune_saved
 from rankfold.training import Losses, Training
-from rankfold.training.saved import fine_tune_saved
 
 CASES = {
     "tt": Budget(macs=0.296, params=0.277),

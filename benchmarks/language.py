@@ -3,9 +3,10 @@
 SmolLM2-135M-Instruct is calibrated on 128 blocks of 512 tokens of WikiText-2's validation text, without training, and
 scored on 12 evenly spaced blocks of 1,024 tokens of its test text, and of a text of another kind, Python's own
 reference as `pydoc` has it. A case is METHOD:KEPT, METHOD:KEPT:EPOCHS or METHOD:KEPT:EPOCHS:INPUTS, with the share of
-the parameters kept of what is neither embedding nor head, epochs of refining by blocks, and what it is calibrated on:
-the validation text (`valid`), tokens that the model writes itself (`written`), half of each (`mixed`), or tokens at
-random (`random`).
+the parameters kept of what is neither embedding nor head, epochs of refining by blocks (`2`) and of distilling the
+whole (`0+1`), and what it is calibrated on: the validation text (`valid`), tokens that the model writes itself
+(`written`), half of each (`mixed`), or tokens at random (`random`). `--every-block` scores all blocks of the test text
+as well, `--device cuda` runs everything on a GPU, where tokens per second are not measured.
 
 `uniform` is the low-rank baseline of published work: matrices whitened by the moment of what goes into them, the same
 fraction everywhere (SVD-LLM, arXiv 2403.07378); `uniform_in_order` fits them in forward order to what the ones before
@@ -56,6 +57,7 @@ KEPT = (0.9, 0.8, 0.7, 0.6)
 EVERY = (
     *(f"{method}:{kept}" for method in METHODS for kept in KEPT),
     *(f"widths:{kept}:2" for kept in KEPT),
+    *(f"widths:{kept}:0+1:{inputs}" for inputs in ("valid", "mixed") for kept in KEPT),
     *(f"widths:{kept}:0:{inputs}" for inputs in ("written", "mixed", "random") for kept in KEPT),
 )
 IN_STEP = 4
@@ -63,7 +65,7 @@ IN_STEP = 4
 
 
 def parts(case: str) -> tuple[str, str, str, str]:
-    """A case's method, share kept, epochs and inputs."""
+    """A case's method, share kept, epochs (by blocks, and of the whole behind a plus) and inputs."""
     method, kept, epochs, inputs = (case.split(":") + ["0", "valid"][case.count(":") - 1 :])[:4]
     return method, kept, epochs, inputs
 
@@ -95,13 +97,17 @@ def main() -> None:
     made.add_argument("--language", type=Path, required=True, help="folder of the language model")
     made.add_argument("--only", action="append", help="a case (repeatable)")
     made.add_argument("--rows", type=int, default=128, help="blocks to calibrate on")
-    arguments = made.parse_args()
-    text = require_data(arguments) / "wikitext2"
-    model, valid, tested = language(arguments.language, text, arguments.rows)
-    texts = {"wikitext2": tested, "pydoc": other_text(arguments.language)}
+    made.add_argument("--every-block", action="store_true", help="score all blocks of the test text, too")
+    made.add_argument("--device", default="cpu")
+    given = made.parse_args()
+    model, valid, tested = language(given.language, require_data(given) / "wikitext2", given.rows)
+    model.to(given.device)
+    texts = {"wikitext2": tested, "pydoc": other_text(given.language)}
+    if given.every_block:
+        texts["wikitext2, all blocks"] = every_block(given.language, require_data(given) / "wikitext2")
     base = {name: perplexity(model, rows) for name, rows in texts.items()}
     outside, inside = sizes(model)
-    for (method, kind), cases in groupby(arguments.only or EVERY, key=lambda case: parts(case)[::3]):
+    for (method, kind), cases in groupby(given.only or EVERY, key=lambda case: parts(case)[::3]):
         budgets = {case: Budget(params=int(outside + float(parts(case)[1]) * inside)) for case in cases}
         start = time.perf_counter()
         inputs = calibration(kind, model, valid)
@@ -110,18 +116,21 @@ def main() -> None:
         first = next(iter(budgets.values()))
         measured = study(model, example, budget=first, calibration=inputs, **METHODS[method])
         for case, budget in budgets.items():
-            epochs = int(parts(case)[2])
-            result = replace(measured, refining=Refining(epochs, batch_size=IN_STEP)).compress(budget, progress=silent)
+            epochs, _, distilled = parts(case)[2].partition("+")
+            refining = Refining(int(epochs), batch_size=IN_STEP)
+            recovery = replace(measured.recovery, refining=refining, distilling=int(distilled or 0))
+            result = replace(measured, recovery=recovery).compress(budget, progress=silent)
             found = {name: perplexity(result.model, rows) for name, rows in texts.items()}
-            timed = speeds((model, result.model), tested)
+            timed = None if model.device.type == "cuda" else speeds((model, result.model), tested)
             gained = [[one.prompt, one.written] for one in timed or ()]
             entry = record(
                 case=case,
                 method=method,
                 inputs=kind,
-                epochs=epochs,
+                epochs=int(epochs),
+                distilled=int(distilled or 0),
                 model="SmolLM2-135M-Instruct",
-                rows=arguments.rows,
+                rows=given.rows,
                 blocks_kept=round((result.after.params - outside) / inside, 4),
                 perplexity={name: round(one.value, 2) for name, one in found.items()},
                 base_perplexity={name: round(one.value, 2) for name, one in base.items()},
@@ -130,8 +139,17 @@ def main() -> None:
                 seconds=round(result.seconds, 1),
                 making_seconds=round(making, 1),
                 peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+                device=torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
             )
             keep([entry])
+
+
+def every_block(folder: Path, text: Path) -> Tensor:
+    """All blocks of 1,024 tokens of the test text."""
+    from transformers import AutoTokenizer
+
+    whole = AutoTokenizer.from_pretrained(folder)((text / "test.txt").read_text(), return_tensors="pt").input_ids[0]
+    return whole[: len(whole) // 1024 * 1024].view(-1, 1024)
 
 
 if __name__ == "__main__":

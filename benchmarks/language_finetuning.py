@@ -36,8 +36,10 @@ def main() -> None:
     made = parser(__doc__ or "")
     made.add_argument("--language", type=Path, required=True, help="folder of the language model")
     made.add_argument("--only", action="append", help="OPTIMISER:RATE:STEPS (repeatable)")
+    made.add_argument("--device", default="cpu")
     arguments = made.parse_args()
     model, inputs, tested = language(arguments.language, require_data(arguments) / "wikitext2", BLOCKS)
+    model.to(arguments.device)
     texts = {"wikitext2": tested, "pydoc": other_text(arguments.language)}
     outside, inside = sizes(model)
     example = {"input_ids": inputs[0]["input_ids"][:1], "use_cache": False}
@@ -77,6 +79,7 @@ def main() -> None:
                         for name, text in texts.items()
                     },
                     seconds=round(seconds, 1),
+                    device=torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
                 )
             ]
         )

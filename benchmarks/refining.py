@@ -45,7 +45,8 @@ def main() -> None:
         for case in cases:
             measured = measured or studied(case, model, batches, batches, silent)
             budget, epochs = case.split(":")[2:]
-            result = replace(measured, refining=Refining(int(epochs))).compress(Budget(macs=float(budget)))
+            recovery = replace(measured.recovery, refining=Refining(int(epochs)))
+            result = replace(measured, recovery=recovery).compress(Budget(macs=float(budget)))
             refined = result.plan.settings.get("refined_blocks", {})
             entry = image_record(
                 case,

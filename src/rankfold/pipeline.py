@@ -12,15 +12,14 @@ from torch import nn
 
 from rankfold.budget import LATENCY, Budget, Cost
 from rankfold.calibration.asked import calibrated, provenance
-from rankfold.calibration.forward_order import refit_, with_errors
 from rankfold.calibration.moments import Calibration
 from rankfold.calibration.pictured import pictures
-from rankfold.calibration.refining import Refining, refine_
+from rankfold.calibration.refining import Refining
 from rankfold.decompositions.metric import Moment
 from rankfold.errors import BudgetError
 from rankfold.memory import PLENTY, limited
 from rankfold.network.checks import check_copies, check_model
-from rankfold.network.copies import duplicate, is_compiled, unwrapped
+from rankfold.network.copies import is_compiled, unwrapped
 from rankfold.network.costs import cost_of
 from rankfold.network.finding import Layers, find_layers
 from rankfold.network.opening import Opened, opened
@@ -32,20 +31,17 @@ from rankfold.plan import KNOWN_PLAN, Plan
 from rankfold.planning import Decompositions, Task, assign, measure, placed, suited, told, usual
 from rankfold.progress import Progress, silent
 from rankfold.punctual import punctual_plan
+from rankfold.recovery import Recovery
 from rankfold.search import Search
 from rankfold.search.curves import Curve
 from rankfold.search.outline import outlines
 from rankfold.search.trace import Trace
 from rankfold.search.widths import Width
-from rankfold.units import about_means, better, hidden_channels, measure_widths, timed_parts, with_metric, with_prices
+from rankfold.training import Training
+from rankfold.units import about_means, hidden_channels, measure_widths, timed_parts, with_metric, with_prices
 
-FEWEST = 32
-"""Calibration inputs from which on a network that lost channels is fitted in forward order; of fewer, too few are held
-back to tell whether that helps."""
 ALIGN = 8
 """What widths and ranks are multiples of where latency is limited and nothing else is said: others are slower."""
-APART = "layer by layer: in forward order there are too few inputs, or it agreed with the original less often"
-"""What a plan says of fits in forward order that were taken back."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +82,7 @@ def compress(
     calibration_samples: int | None = None,
     sequential: bool = True,
     refine: int | Refining = 0,
+    distil: int | Training = 0,
     align: int | None = None,
     memory: int | str | None = None,
     include: Sequence[str] | None = None,
@@ -112,6 +109,9 @@ def compress(
 
     With `refine`, blocks are then refined one after another by so many epochs of gradient descent on the calibration
     inputs, towards what the original's give; `rankfold.calibration.Refining` says more than their number.
+
+    With `distil`, the whole network is at last trained for so many epochs towards what the original gives on the same
+    inputs, and the weights that come closest on inputs held back are kept; `rankfold.training.Training` says more.
 
     With "interpolative" among the decompositions ("auto" has it), channels of hidden activations can go as well: the
     layers around them get narrower, and what reads them rebuilds the others (`rankfold.network.channels` says which
@@ -146,6 +146,7 @@ def compress(
         calibration_samples=calibration_samples,
         sequential=sequential,
         refine=refine,
+        distil=distil,
         align=align,
         memory=memory,
         include=include,
@@ -172,8 +173,7 @@ class Study:
     rebuilding: Mapping[str, Moment]
     budget: Budget
     search: str | Search
-    in_order: bool
-    refining: Refining
+    recovery: Recovery
     memory: int
     whole_choice: bool
     settings: Mapping[str, Any]
@@ -217,37 +217,12 @@ class Study:
             rebuilding=self.rebuilding,
             progress=progress,
         )
-        student, plan = self._ordered(student, plan, progress)
-        plan = self._refined(student, plan, progress)
+        student, plan = self.recovery.apply(student, self.whole.model, plan, self.known, progress)
         plan = verified(self.model, student, plan, self.inputs)
         setattr(student, KNOWN_PLAN, plan)
         drawn = outlines(self.curves, self.widths, next(iter(budget.units), "macs"))
         taken = self.seconds + time.perf_counter() - start
         return Result(student, plan, taken, found.trace, drawn, pictures(self.known.inputs))
-
-    def _ordered(self, student: nn.Module, plan: Plan, progress: Progress) -> tuple[nn.Module, Plan]:
-        """A student fitted in forward order, or as it was where that is not asked for or does not help."""
-        known, model = self.known, self.whole.model
-        if not self.in_order:
-            return student, plan
-        apart = replace(plan, settings={**plan.settings, "fitted": APART})
-        if plan.narrowings and known.samples < FEWEST:
-            return student, apart
-        before = duplicate(student) if plan.narrowings else None
-        plan = refit_(student, model, plan, known.inputs, moments=known.moments, progress=progress)
-        if before is None or better(model, before, student, known.held or list(known.inputs)):
-            return student, plan
-        return before, apart
-
-    def _refined(self, student: nn.Module, plan: Plan, progress: Progress) -> Plan:
-        """The plan after blocks were refined in place, where that is asked for, with what became of them."""
-        if not self.refining.epochs:
-            return plan
-        model, known = self.whole.model, self.known
-        found = refine_(student, model, plan, known.inputs, known.held, refining=self.refining, progress=progress)
-        plan = with_errors(student, model, plan, {layer.name for layer in plan.changed}, known.moments)
-        blocks = {one.name: [one.before, one.after] for one in found}
-        return replace(plan, settings={**plan.settings, **self.refining.as_dict(), "refined_blocks": blocks})
 
 
 def study(
@@ -261,6 +236,7 @@ def study(
     calibration_samples: int | None = None,
     sequential: bool = True,
     refine: int | Refining = 0,
+    distil: int | Training = 0,
     align: int | None = None,
     memory: int | str | None = None,
     include: Sequence[str] | None = None,
@@ -273,7 +249,6 @@ def study(
     """
     start = time.perf_counter()
     with limited(memory) as allowed:
-        refining = refine if isinstance(refine, Refining) else Refining(refine)
         decomposition = usual(budget) if decomposition is None else decomposition
         compiled, model = is_compiled(model), unwrapped(model)
         check_model(model)
@@ -314,6 +289,8 @@ def study(
         )
         summed = bool(known.inputs) and not _limits_error(budget)
         in_order = sequential and summed
+        recovery = Recovery(in_order, refine if isinstance(refine, Refining) else Refining(refine), distil)
+        recovery.check(known)
         ordering, rebuilding = about_means(whole.model, example_inputs, known.moments, sets.found, in_order=in_order)
         widths, layers = measure_widths(whole.model, layers, sets, align=align, moments=ordering, progress=progress)
         if summed and (widths or known.held):
@@ -337,8 +314,7 @@ def study(
             rebuilding,
             budget,
             search,
-            in_order,
-            refining,
+            recovery,
             allowed,
             include is not None,
             settings,

@@ -222,9 +222,9 @@ def test_weights_that_are_not_finite_do_not_replace_a_good_checkpoint(tmp_path: 
 def test_patience_ends_a_run_that_gets_no_better_and_keeps_its_best_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    scores, judged = iter([50.0, 60.0, 55.0, 60.0, 70.0, 80.0]), []
+    scores, judged = iter([40.0, 50.0, 60.0, 55.0, 60.0, 70.0, 80.0]), []
 
-    def score(model: nn.Module, data: object) -> float:
+    def score(model: nn.Module, data: object, *, teacher: nn.Module | None) -> float:
         judged.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return next(scores)
 
@@ -232,11 +232,13 @@ def test_patience_ends_a_run_that_gets_no_better_and_keeps_its_best_epoch(
     settings = replace(QUICK, epochs=6, patience=2)
     options = {"losses": Losses(logits=0.0), "training": settings, "held_out": images(20)}
     trained = fine_tune(network(), images(), **options, checkpoint=tmp_path / "state.safetensors")
+    assert trained.started == 40
     assert [one.top1 for one in trained.epochs] == [50, 60, 55, 60]
     for name, tensor in trained.model.state_dict().items():
-        assert torch.equal(tensor, judged[1][name])
+        assert torch.equal(tensor, judged[2][name])
     resumed = fine_tune(network(), images(), **options, checkpoint=tmp_path / "state.safetensors", resume=True)
     assert resumed.epochs == trained.epochs
+    assert resumed.started == trained.started
     assert equal(resumed.model, trained.model)
     with pytest.raises(TrainingError, match="patience needs examples that are held out"):
         fine_tune(network(), images(), losses=Losses(logits=0.0), training=settings)

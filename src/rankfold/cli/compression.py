@@ -135,6 +135,14 @@ def compress(
     refine_checkpoint: Annotated[
         Path | None, typer.Option(help="Folder that refined blocks are kept in, to go on from when started again.")
     ] = None,
+    distil: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Epochs in which the whole network then learns from the original's outputs on the calibration inputs, "
+            "without labels; for language models above all.",
+        ),
+    ] = 0,
     align: Annotated[
         int | None,
         typer.Option(
@@ -211,6 +219,7 @@ def compress(
                 batch_size=BLOCKS_IN_BATCH if is_text(calibration) else Refining.batch_size,
                 checkpoint=refine_checkpoint,
             ),
+            distil=distil,
             memory=memory,
             include=include or None,
             exclude=exclude or (),
@@ -230,7 +239,7 @@ def compress(
         [tables.compression(result, path, times)],
     )
     if finetune and training:
-        from rankfold.training.saved import fine_tune_saved
+        from rankfold.fine_tuning import fine_tune_saved
 
         with progress_bars(as_json) as progress:
             found = fine_tune_saved(
@@ -263,9 +272,9 @@ def _training(
         if test is not None:
             raise DataError("--test is for --finetune; score a model that is only compressed with evaluate")
         return None
+    from rankfold.fine_tuning import open_examples, synthetic_count
     from rankfold.sources.text import is_text
     from rankfold.training import Training
-    from rankfold.training.saved import open_examples, synthetic_count
     from rankfold.training.settings import TEXT
 
     for spec in (finetune if synthetic_count(finetune) is None else None, test):

@@ -69,10 +69,10 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Recover accuracy by training on data, taught by the original network."""
+    from rankfold.fine_tuning import fine_tune_saved
     from rankfold.reports.page import write_page
     from rankfold.sources.text import is_text
     from rankfold.training import Losses, Training
-    from rankfold.training.saved import fine_tune_saved
     from rankfold.training.settings import TEXT
 
     if (teacher is None) != (teacher_weights is None):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -93,6 +93,16 @@ def split(batches: Iterable[Inputs], most: int) -> list[Inputs]:
             [_part(batch, slice(start, start + most)) for start in range(0, size, most)] if size > most else [batch]
         )
     return found
+
+
+def joined(parts: Sequence[Inputs]) -> Inputs:
+    """Batches of the same form as one; what has no examples in it is that of the first."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(parts)) if first.ndim else first
+    if isinstance(first, Mapping):
+        return {name: joined([part[name] for part in parts]) for name in first}
+    return type(first)(map(joined, zip(*parts, strict=True))) if type(first) in (tuple, list) else first
 
 
 def examples_in(inputs: Inputs) -> int:

@@ -15,11 +15,11 @@ from rankfold.reports.layout import Listing, grouped, shown_name
 
 if TYPE_CHECKING:
     from rankfold.files.export import Exported
+    from rankfold.fine_tuning import FineTuning
     from rankfold.pipeline import Result
     from rankfold.plan import LayerPlan
     from rankfold.reports.analysis import Analysis
     from rankfold.reports.demo import Row
-    from rankfold.training.saved import FineTuning
 
 
 def compression_dict(result: Result, out: Path) -> dict[str, Any]:
@@ -132,7 +132,8 @@ def calibration(settings: Mapping[str, Any]) -> str:
     unseen = settings.get("frobenius_layers")
     never = f"; never called on them, so by their weights: {', '.join(grouped(unseen))}" if unseen else ""
     inputs = f"{settings['calibration_samples']:,} {settings['calibration']}"
-    return f"calibration: {inputs} ({reason}); fitted {settings['fitted']}{_refined(settings)}{never}"
+    after = f"{_refined(settings)}{_distilled(settings)}{never}"
+    return f"calibration: {inputs} ({reason}); fitted {settings['fitted']}{after}"
 
 
 def _refined(settings: Mapping[str, Any]) -> str:
@@ -144,6 +145,18 @@ def _refined(settings: Mapping[str, Any]) -> str:
     if not gains:
         return "; no block gained by being refined" if blocks else "; not refined: too few inputs to hold some back"
     return f"; {len(gains)} of {len(blocks)} blocks refined, their errors {100 * sum(gains) / len(gains):.0f} % lower"
+
+
+def _distilled(settings: Mapping[str, Any]) -> str:
+    """How much closer to its teacher the whole network came."""
+    if "distilled" not in settings:
+        return ""
+    started, *reached = settings["distilled"]["divergence"]
+    if not reached:
+        return f"; distilled for {settings['distilled']['epochs']} epochs, with nothing held back to judge by"
+    if min(reached) >= started:
+        return "; not distilled: on inputs held back it came no closer to the original"
+    return f"; distilled, divergence from the original on inputs held back {started:.4g} → {min(reached):.4g}"
 
 
 def analysis(report: Analysis) -> RenderableType:

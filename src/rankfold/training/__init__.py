@@ -2,9 +2,10 @@
 
 from rankfold.training.augment import AUGMENTATIONS
 from rankfold.training.distillation import Losses
-from rankfold.training.examples import split
+from rankfold.training.examples import Unlabelled, split
 from rankfold.training.geometry import Geometry
-from rankfold.training.loop import Epoch, Trained, fine_tune
+from rankfold.training.history import Epoch, Trained
+from rankfold.training.loop import fine_tune
 from rankfold.training.settings import Training
 
-__all__ = ["AUGMENTATIONS", "Epoch", "Geometry", "Losses", "Trained", "Training", "fine_tune", "split"]
+__all__ = ["AUGMENTATIONS", "Epoch", "Geometry", "Losses", "Trained", "Training", "Unlabelled", "fine_tune", "split"]

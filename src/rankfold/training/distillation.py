@@ -23,9 +23,9 @@ from rankfold.decompositions import reconstruct, wiring_of
 from rankfold.errors import TrainingError
 from rankfold.network.hooks import attached
 from rankfold.network.kinds import shape_of, stage_factors, weight_of
-from rankfold.network.passes import output_of
+from rankfold.network.passes import Inputs, arguments_of, examples_in, output_of
 from rankfold.plan import LayerPlan, Plan
-from rankfold.search.network_objectives import softened
+from rankfold.search.network_objectives import class_axis, softened
 from rankfold.training.geometry import check_place, opened_original
 
 
@@ -85,23 +85,24 @@ class Distillation:
         for layer in self.layers:
             check_place(cast(nn.Module, teacher), layer, "make it the teacher, or set the losses by layer to zero")
 
-    def __call__(self, run: Callable[[Tensor], Any], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    def __call__(self, run: Callable[..., Any], x: Inputs, y: Tensor) -> dict[str, Tensor]:
         """The weighted terms for a batch, by name; `run` is the student, wrapped or not."""
         losses, terms = self.losses, {}
+        args, kwargs = arguments_of(x)
         with self._outputs(self.student) as own:
-            output = run(x)
+            output = run(*args, **kwargs)
         taught, theirs = None, {}
         if losses.taught:
             with torch.no_grad(), self._outputs(cast(nn.Module, self.teacher)) as theirs:
-                taught = cast(nn.Module, self.teacher)(x)
+                taught = cast(nn.Module, self.teacher)(*args, **kwargs)
         if losses.task:
             terms["task"] = losses.task * (losses.criterion or _cross_entropy)(output, y)
         if losses.logits:
-            terms["logits"] = losses.logits * softened(output_of(output), output_of(taught), losses.temperature)
+            terms["logits"] = losses.logits * apart(output, taught, losses.temperature)
         if losses.weights:
             terms["weights"] = losses.weights * self._over_layers(self._weight_distance)
         if losses.outputs:
-            distances = {name: self._distance(own[name], theirs[name], len(x)) for name in own}
+            distances = {name: self._distance(own[name], theirs[name], examples_in(x)) for name in own}
             terms["outputs"] = losses.outputs * self._over_layers(lambda layer: distances[layer.name])
         return terms
 
@@ -133,6 +134,18 @@ class Distillation:
             for layer in (self.layers if self.losses.outputs else ())
         ):
             yield seen
+
+
+def apart(output: Any, taught: Any, temperature: float = 1.0) -> Tensor:
+    """How far a network's output is from its teacher's: the divergence of distributions over classes, per row.
+
+    Hidden states, and outputs of a single column, are no such thing: of them it is the squared relative error.
+    """
+    own, other = output_of(output), output_of(taught)
+    hidden = hasattr(taught, "last_hidden_state") and not hasattr(taught, "logits")
+    if not hidden and other.ndim > 1 and other.shape[class_axis(other)] > 1:
+        return softened(own, other, temperature)
+    return (own - other).float().square().sum() / other.float().square().sum().clamp_min(1e-30)
 
 
 def _cross_entropy(output: Any, y: Tensor) -> Tensor:

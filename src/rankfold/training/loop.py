@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,55 +20,22 @@ from torch import Tensor, nn
 
 from rankfold.errors import TrainingError
 from rankfold.network.copies import duplicate
+from rankfold.network.passes import Inputs, mapped
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
+from rankfold.sources.data import Dataset
 from rankfold.sources.text import TextData
 from rankfold.training import checkpoints
 from rankfold.training.augment import augmentation
 from rankfold.training.checkpoints import Checkpoint
 from rankfold.training.distillation import Distillation, Losses
 from rankfold.training.examples import Examples, score_of
+from rankfold.training.history import Epoch, Progressed, Trained
 from rankfold.training.log import Log
 from rankfold.training.preparation import accelerator, faster, geometry_of, optimiser, processes
 from rankfold.training.settings import Training, rate_at, seed_at
 from rankfold.training.stopping import Stopping
 from rankfold.training.synchronised import synchronise_norms_
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """An epoch in numbers: its mean loss, and on held-out examples the share of right answers, in percent, or of text
-    the perplexity.
-    """
-
-    loss: float
-    top1: float | None
-    seconds: float
-    perplexity: float | None = None
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The fine-tuned network, its history, the precision that was taken, and the step an earlier run had come to.
-
-    `main` says whether this process is the one that is to write and report, of those that trained together.
-    """
-
-    model: nn.Module
-    epochs: tuple[Epoch, ...]
-    precision: str
-    resumed_at: int = 0
-    main: bool = True
-
-
-@dataclass
-class _State:
-    """Where a run is: how many steps are behind it, and what they were like."""
-
-    step: int = 0
-    epochs: list[Epoch] = field(default_factory=list)
-    loss_sum: float = 0.0
-    seconds: float = 0.0
 
 
 def fine_tune(
@@ -91,9 +58,10 @@ def fine_tune(
     `plan` says how `student` was made from `original`, which is the teacher where no other network is given: CP layers
     are then damped before the first step, and SGD steps along the gradients of the weights that the factors stand for,
     see `rankfold.training.geometry`. Losses by layer need the plan too, and compare with the teacher. `held_out` is
-    scored after every epoch, in the main process. `checkpoint` is the file that the state is kept in; with `resume` an
-    earlier run with the same settings goes on from there. `log` is a CSV file with a line per step. Raises
-    TrainingError for settings that do not fit, and for a loss that is not finite, with the last checkpoint kept.
+    scored after every epoch, in the main process, and with a patience before the first. `checkpoint` is the file that
+    the state is kept in; with `resume` an earlier run with the same settings goes on from there. `log` is a CSV file
+    with a line per step. Raises TrainingError for settings that do not fit, and for a loss that is not finite, with the
+    last checkpoint kept.
     """
     training, losses = training or Training(), losses or Losses()
     if training.patience and held_out is None:
@@ -119,7 +87,7 @@ def fine_tune(
         began = run.state.step
         with Log(log if run.main else None, began) as lines:
             run.train(held_out, checkpoint if run.main else None, lines, progress)
-    return Trained(run.result(), tuple(run.state.epochs), run.precision, began, run.main)
+    return Trained(run.result(), tuple(run.state.epochs), run.precision, began, run.main, run.state.started)
 
 
 class _Run:
@@ -146,8 +114,8 @@ class _Run:
                 f"batches of {training.batch_size} do not divide among {self.world} processes, or exceed the "
                 f"{len(data)} examples; change the batch size"
             )
-        if isinstance(data, TextData) and training.augment != "none":
-            raise TrainingError(f"augment {training.augment!r} is for images, not for text; leave it out")
+        if training.augment != "none" and len(data.input_shape) != 3:
+            raise TrainingError(f"augment {training.augment!r} is for images, and these are none; leave it out")
         self.layout = torch.channels_last if training.channels_last and len(data.input_shape) == 3 else None
         self.dtype = next(p.dtype for p in student.parameters() if p.is_floating_point())
         self.student = self._placed(student).train()
@@ -160,7 +128,7 @@ class _Run:
         self.distillation = Distillation(losses, self.student, self.teacher, plan)
         self.augment, self.black = augmentation(training.augment), data.black
         self.steps = len(data) // training.batch_size
-        self.state, self.stopping = _State(), Stopping(training.patience, lower=isinstance(data, TextData))
+        self.state, self.stopping = Progressed(), Stopping(training.patience, not isinstance(data, Dataset))
         if precision == "auto":
             precision = faster(self.student, self.distillation, *self._batch(torch.arange(training.batch_size)))
         self.precision, self.accelerator = precision, accelerator(precision)
@@ -177,6 +145,8 @@ class _Run:
         """All steps that are left."""
         total, saved = self.steps * self.training.epochs, time.monotonic()
         ordered, order = -1, torch.empty(0)
+        if self.training.patience and not self.state.step:
+            self.state.started = self._scored(held_out)
         while self.state.step < total and (self.state.step % self.steps or not self._over()):
             start = time.perf_counter()
             epoch, place = divmod(self.state.step, self.steps)
@@ -236,7 +206,8 @@ class _Run:
             states.setdefault(int(index), {})[name] = tensor
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": states})
         epochs = [Epoch(**one) for one in found.facts["epochs"]]
-        self.state = _State(found.facts["step"], epochs, found.facts["loss_sum"], found.facts["seconds"])
+        told = {name: found.facts[name] for name in ("step", "loss_sum", "seconds", "started")}
+        self.state = Progressed(epochs=epochs, **told)
         best = {name: tensor.to(self.device) for name, tensor in found.groups.get("best", {}).items()}
         self.stopping = replace(self.stopping, best=found.facts["best"], since=found.facts["since"], weights=best)
 
@@ -250,15 +221,19 @@ class _Run:
         generator = torch.Generator().manual_seed(seed_at(self.training, 0, epoch))
         return torch.randperm(len(self.data), generator=generator)
 
-    def _batch(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def _batch(self, chosen: Tensor) -> tuple[Inputs, Tensor]:
         """This process's share of a batch, augmented as the whole batch is."""
         x, y = self.data.take(chosen.tolist()).batch(0, len(chosen))
-        if x.is_floating_point():
+        if self.training.augment != "none":
             generator = torch.Generator().manual_seed(seed_at(self.training, 1, self.state.step))
-            x = self.augment(x, self.black, generator).to(self.dtype)
-        x, y = (one.chunk(self.world)[self.rank].to(self.device) for one in (x, y))
-        x = x.contiguous(memory_format=self.layout) if self.layout is not None else x
-        return x, y
+            x = self.augment(x, self.black, generator)
+        return mapped(x, self._own), self._own(y)
+
+    def _own(self, whole: Tensor) -> Tensor:
+        """This process's share of a tensor, where it trains."""
+        part = whole.chunk(self.world)[self.rank] if whole.ndim else whole
+        part = part.to(self.device, self.dtype if part.is_floating_point() else part.dtype)
+        return part.contiguous(memory_format=self.layout) if self.layout is not None and part.ndim == 4 else part
 
     def _step(self, chosen: Tensor, rate: float) -> dict[str, float]:
         """One step of the optimiser; the terms of the loss as numbers, over all processes."""
@@ -308,13 +283,20 @@ class _Run:
     def _close_epoch(self, held_out: Examples | None) -> None:
         """Adds the epoch that is over to the history, scored on what was held out."""
         state = self.state
-        score = None
-        if held_out is not None and self.main:
-            score = score_of(self._made(self._weights()).to(self.device), held_out)
-            self.stopping.see(score, self._weights())
-        top1, other = (None, score) if isinstance(held_out, TextData) else (score, None)
-        state.epochs.append(Epoch(state.loss_sum / self.steps, top1, round(state.seconds, 2), other))
+        what = "perplexity" if isinstance(held_out, TextData) else "divergence"
+        scores = {what if self.stopping.lower else "top1": self._scored(held_out)}
+        state.epochs.append(
+            Epoch(state.loss_sum / self.steps, seconds=round(state.seconds, 2), **{"top1": None, **scores})
+        )
         state.loss_sum = state.seconds = 0.0
+
+    def _scored(self, held_out: Examples | None) -> float | None:
+        """The score of the weights as they are, which are kept where they are the best."""
+        if held_out is None or not self.main:
+            return None
+        score = score_of(self._made(self._weights()).to(self.device), held_out, teacher=self.teacher)
+        self.stopping.see(score, self._weights())
+        return score
 
     def _save(self, path: Path) -> None:
         """Writes the checkpoint."""

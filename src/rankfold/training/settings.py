@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from rankfold.errors import TrainingError
+from rankfold.network.passes import Inputs
 from rankfold.training.augment import augmentation
 
 OPTIMISERS = ("sgd", "adamw")
@@ -69,8 +74,31 @@ class Training:
         return self.scaled and self.optimiser == "sgd"
 
 
+DISTILLING: dict[str, Any] = {
+    "batch_size": 20,
+    "optimiser": "adamw",
+    "rate": 1e-4,
+    "weight_decay": 0.0,
+    "precision": "no",  # what a trial would choose may differ from run to run
+}
+"""What is usual where the original's outputs on few inputs are all that is learned from."""
+DISTILLING_TEXT = {"batch_size": 1}
+"""The same for what is no image, such as blocks of text: docs/language.md has what was measured."""
+SMALL = 64
+"""Largest side of an image that is padded and cropped; larger ones are cropped and resized."""
 TEXT = {"batch_size": 4, "optimiser": "adamw", "rate": 1e-4}
 """What is usual for blocks of text, unless said otherwise: docs/language.md has what was measured."""
+
+
+def distilling(given: int | Training, batches: Iterable[Inputs]) -> Training:
+    """The settings of a distillation on calibration inputs: those given, or what is usual for so many epochs."""
+    if isinstance(given, Training):
+        return given
+    first = next(iter(batches))
+    images = isinstance(first, Tensor) and first.ndim == 4 and first.is_floating_point()
+    augment = "none" if not images else "cifar" if max(first.shape[2:]) <= SMALL else "imagenet"
+    usual = DISTILLING if images else {**DISTILLING, **DISTILLING_TEXT}
+    return Training(epochs=given, augment=augment, patience=given, **usual)
 
 
 def rate_at(training: Training, step: int, total: int) -> float:

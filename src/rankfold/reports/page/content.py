@@ -299,6 +299,7 @@ def _command(plan: Plan) -> str:
     if settings.get("refine_epochs"):
         words += ["--refine", str(settings["refine_epochs"])]
         words += [word for pattern in settings.get("refine_blocks", ()) for word in ("--refine-blocks", pattern)]
+    words += ["--distil", str(settings["distilled"]["epochs"])] if "distilled" in settings else []
     return shlex.join([*words, "--out", "DIR"])
 
 
@@ -320,9 +321,10 @@ def _code(plan: Plan) -> str:
     epochs = settings.get("refine_epochs")
     told = f"rankfold.calibration.Refining({epochs}{more})" if more else epochs
     refine = f", refine={told}" if epochs else ""
+    distil = f", distil={settings['distilled']['epochs']}" if "distilled" in settings else ""
     return (
         "import rankfold\n\n"
         "result = rankfold.compress(\n    model, example_inputs,\n"
         f"    decomposition={settings.get('decomposition', 'tucker')!r}, budget=rankfold.Budget({budget}),\n"
-        f"    calibration={data}{refine},\n)"
+        f"    calibration={data}{refine}{distil},\n)"
     )
