@@ -311,7 +311,7 @@ CALIBRATED = {"valid": "text", "written": "its own", "mixed": "half and half", "
 
 def language_models(records: list[dict[str, Any]]) -> str:
     """A language model by method and size: perplexity on both texts, what was lost, and the speed that came of it."""
-    header = ["method", "calibrated on", "epochs by blocks", "of the blocks kept"]
+    header = ["method", "calibrated on", "epochs by blocks, of the whole", "of the blocks kept"]
     texts = list(records[0]["perplexity"])
     header += [f"perplexity, {text}" for text in texts] + [f"nats lost, {text}" for text in texts]
     header += ["tokens/s, prompt", "tokens/s, written", "seconds", "GB"]
@@ -319,17 +319,22 @@ def language_models(records: list[dict[str, Any]]) -> str:
         [
             one["method"],
             CALIBRATED[one.get("inputs", "valid")],
-            str(one["epochs"]),
+            f"{one['epochs']}, {one.get('distilled', 0)}",
             f"{100 * one['blocks_kept']:.1f} %",
             *(f"{one['perplexity'][text]} ({one['base_perplexity'][text]})" for text in texts),
             *(f"{one['nats_lost'][text]:.3f}" for text in texts),
             *(f"{share:.2f}×" for share in one["speed_kept"] or ()),
-            str(one["seconds"]),
+            *(["–"] * (0 if one["speed_kept"] else 2)),
+            str(one["seconds"]) if one.get("device", "cpu") == "cpu" else f"{one['seconds']}, {one['device']}",
             str(one["peak_gb"]),
         ]
-        for one in sorted(records, key=lambda one: (-round(one["blocks_kept"], 2), one["method"], one["epochs"]))
+        for one in sorted(records, key=_language_order)
     ]
     return table(header, rows)
+
+
+def _language_order(one: dict[str, Any]) -> tuple[Any, ...]:
+    return -round(one["blocks_kept"], 2), one["method"], one["epochs"] + one.get("distilled", 0)
 
 
 LATENCY = {

@@ -105,7 +105,7 @@ def compress(
     two that `rankfold.calibration.synthetic.advice` gives. Then every layer is fitted once more, in forward order, to
     the original's outputs from the compressed network's inputs, and biases and batch norms are corrected, unless
     `sequential` is false or the budget limits the error. Where channels went, these fits are kept only if the network
-    then agrees with the original as often as without.
+    is then as close to the original on inputs held back as without.
 
     With `refine`, blocks are then refined one after another by so many epochs of gradient descent on the calibration
     inputs, towards what the original's give; `rankfold.calibration.Refining` says more than their number.

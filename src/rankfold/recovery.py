@@ -20,7 +20,7 @@ from rankfold.units import better
 FEWEST = 32
 """Calibration inputs from which on a network that lost channels is fitted in forward order; of fewer, too few are held
 back to tell whether that helps."""
-APART = "layer by layer: in forward order there are too few inputs, or it agreed with the original less often"
+APART = "layer by layer: in forward order there are too few inputs, or it was farther from the original"
 """What a plan says of fits in forward order that were taken back."""
 
 

@@ -26,13 +26,13 @@ from rankfold.network.tracing import followed
 from rankfold.plan import INTERPOLATIVE, ChannelSet, LayerPlan, Narrowing, channels_named
 from rankfold.progress import Progress, silent
 from rankfold.search.curves import Curve, subset
-from rankfold.search.network_objectives import agreements
-from rankfold.search.prices import TRIALS, priced
+from rankfold.search.network_objectives import divergences
+from rankfold.search.prices import TEMPERATURE, TRIALS, priced
 from rankfold.search.units import UnitCurve, cost_at, unit_curve
 from rankfold.search.widths import WIDTHS, Width, measure_width, units_of
 
 SURE = 1.3
-"""Standard errors by which agreement has to fall to count: one time in ten it does by chance."""
+"""Standard errors by which divergence has to grow to count: one time in ten it does by chance."""
 EXAMPLES = 64
 """Inputs on which errors are priced, at most."""
 WORK = 2**43
@@ -143,16 +143,17 @@ def with_prices(
 
 
 def better(model: nn.Module, apart: nn.Module, ordered: nn.Module, batches: Sequence[Inputs]) -> bool:
-    """Whether a student agrees with the original as well after its fits in forward order as before, on some inputs.
+    """Whether a student is as close to the original after its fits in forward order as before, on some inputs.
 
-    Fits in forward order are regressions on noisy inputs: with few of them they overfit, and they give less than the
-    original did. They are worse where agreement falls by more than `SURE` of its standard errors.
+    What counts is the divergence of outputs, at the temperature of prices: on 62 images it tells what agreement of the
+    likeliest classes does not (DeiT-Tiny at 70 %: 8.6 points of top-1 lost, a difference of 1.2 standard errors in
+    agreement, of 8.4 in divergence). Fits are worse where it grows by more than `SURE` of its standard errors.
     """
     try:
-        before, after = (agreements(model, one, batches) for one in (apart, ordered))
+        before, after = (divergences(model, one, batches, TEMPERATURE) for one in (apart, ordered))
     except ModelError:
         return True
-    gained = after - before
+    gained = before - after
     return float(gained.mean()) >= -SURE * float(gained.std(correction=0)) / len(gained) ** 0.5
 
 

@@ -25,6 +25,7 @@ from rankfold.network.passes import (
     output_of,
     run,
     run_with,
+    split,
     tensors_in,
 )
 from rankfold.search.curves import Curve
@@ -173,27 +174,36 @@ def class_axis(output: Tensor) -> int:
     return 1 if output.ndim > 3 else -1
 
 
-def agreements(model: nn.Module, student: nn.Module, batches: Iterable[Inputs]) -> Float[Tensor, " rows"]:
-    """How well a student's outputs agree with the original's on some batches, one by one.
+def divergences(
+    model: nn.Module, student: nn.Module, batches: Iterable[Inputs], temperature: float
+) -> Float[Tensor, " rows"]:
+    """How far a student's outputs are from the original's on some batches, row by row.
 
-    Of outputs over classes that is whether the likeliest class of a row is the same, which does not ask for the same
-    confidence; of others minus the squared error of an example, relative to the size of the original's. Raises
-    ModelError where the two cannot be compared.
+    Of outputs over classes the Kullback-Leibler divergence of their softmax at `temperature`, of others the squared
+    error of an example, relative to the mean energy of the original's. Raises ModelError where the two cannot be
+    compared.
     """
-    found = []
-    for batch in batches:
-        own, other = (torch.atleast_1d(output_of(run(one, batch))) for one in (student, model))
+    found, energies = [], []
+    for single in split(batches, 1):  # the outputs of language models are large
+        own, other = (torch.atleast_1d(output_of(run(one, single))) for one in (student, model))
         if own.shape != other.shape:
             raise ModelError(
                 f"the student gives outputs of shape {tuple(own.shape)}, the original {tuple(other.shape)}"
             )
-        axis = class_axis(other)
-        if other.ndim > 1 and other.shape[axis] > 1:
-            found.append((own.argmax(axis) == other.argmax(axis)).flatten().double())
+        if over_classes(other):
+            found.append(temperature**2 * _divergence(own, other, temperature))
+            energies.append(torch.ones_like(found[-1]))
         else:
-            errors = (own - other).double().square().reshape(len(other), -1).sum(1)
-            found.append(-errors / other.double().square().sum().clamp_min(1e-30) * len(other))
-    return torch.cat(found).cpu()
+            squares = ((own - other).float().square(), other.float().square())
+            errors, energy = (one.reshape(len(other), -1).sum(1) for one in squares)
+            found.append(errors)
+            energies.append(energy)
+    return (torch.cat(found) / torch.cat(energies).mean().clamp_min(1e-30)).double().cpu()
+
+
+def over_classes(output: Tensor) -> bool:
+    """Whether an output may be a distribution over classes: rows with more than one column."""
+    return output.ndim > 1 and output.shape[class_axis(output)] > 1
 
 
 def softened(output: Tensor, taught: Tensor, temperature: float) -> Tensor:
@@ -206,7 +216,12 @@ def softened(output: Tensor, taught: Tensor, temperature: float) -> Tensor:
             f"the student gives outputs of shape {tuple(output.shape)}, the teacher {tuple(taught.shape)}; "
             "distillation needs a teacher of the same classes"
         )
+    return temperature**2 * _divergence(output, taught, temperature).mean()
+
+
+def _divergence(output: Tensor, taught: Tensor, temperature: float) -> Float[Tensor, " rows"]:
+    """The Kullback-Leibler divergence of the softmax of outputs at a temperature from the teacher's, row by row."""
     axis = class_axis(taught)
     rows = (one.float().movedim(axis, -1).flatten(0, -2) for one in (output, taught))
     own, other = (functional.log_softmax(one / temperature, -1) for one in rows)
-    return temperature**2 * functional.kl_div(own, other, reduction="batchmean", log_target=True)
+    return functional.kl_div(own, other, reduction="none", log_target=True).sum(-1)

@@ -29,7 +29,7 @@ from rankfold.network.replay import Replay
 from rankfold.plan import LayerSpec
 from rankfold.progress import Progress, silent
 from rankfold.search.curves import Curve, FloatArray, Price
-from rankfold.search.network_objectives import class_axis
+from rankfold.search.network_objectives import class_axis, over_classes
 from rankfold.search.widths import Width
 
 TRIALS = (0.02, 0.1, 0.5)
@@ -91,7 +91,7 @@ def _divergence_from(whole: Tensor, *, classes: bool) -> Callable[[Tensor], floa
     With p the whole network's distribution and d the difference of the logits, both at `TEMPERATURE` T, the divergence
     is log Σ p eᵈ − Σ p d, in which nothing cancels where d is small.
     """
-    if not classes or whole.ndim < 2 or whole.shape[class_axis(whole)] < 2:
+    if not classes or not over_classes(whole):
         whole = whole.float()
         energy = whole.square().sum().clamp_min(1e-30)
         return lambda output: float((output.float() - whole).square().sum() / energy)

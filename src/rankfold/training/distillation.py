@@ -25,7 +25,7 @@ from rankfold.network.hooks import attached
 from rankfold.network.kinds import shape_of, stage_factors, weight_of
 from rankfold.network.passes import Inputs, arguments_of, examples_in, output_of
 from rankfold.plan import LayerPlan, Plan
-from rankfold.search.network_objectives import class_axis, softened
+from rankfold.search.network_objectives import over_classes, softened
 from rankfold.training.geometry import check_place, opened_original
 
 
@@ -143,7 +143,7 @@ def apart(output: Any, taught: Any, temperature: float = 1.0) -> Tensor:
     """
     own, other = output_of(output), output_of(taught)
     hidden = hasattr(taught, "last_hidden_state") and not hasattr(taught, "logits")
-    if not hidden and other.ndim > 1 and other.shape[class_axis(other)] > 1:
+    if over_classes(other) and not hidden:
         return softened(own, other, temperature)
     return (own - other).float().square().sum() / other.float().square().sum().clamp_min(1e-30)
 
