@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from common import keep, parser, record, require_data
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 Made = tuple[nn.Module, Any, dict[str, Any], Callable[[nn.Module], float] | None]
 """A network, example inputs, options of `compress`, and what scores the result, if anything does."""
@@ -136,6 +136,8 @@ def run(case: str, folder: Path, device: str) -> dict[str, Any]:
 
     result = rankfold.compress(model, example, budget=budget, progress=report, **options)
     report("", 0, 1)
+    if distributed.is_initialized() and distributed.get_rank():
+        return {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {
         "seconds": round(result.seconds, 1),
@@ -149,9 +151,10 @@ def run(case: str, folder: Path, device: str) -> dict[str, Any]:
     }
 
 
-def measured(case: str, folder: Path, source: Path, limit: int, device: str) -> dict[str, Any]:
+def measured(case: str, folder: Path, source: Path, limit: int, device: str, processes: int) -> dict[str, Any]:
     """One case in a process of its own, with the package of a checkout."""
-    command = [sys.executable, __file__, "--data", str(folder), "--run", case, "--device", device]
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *several, __file__, "--data", str(folder), "--run", case, "--device", device]
     places = os.pathsep.join([str(source / "src"), str(Path(__file__).parent)])
     try:
         done = subprocess.run(
@@ -163,7 +166,8 @@ def measured(case: str, folder: Path, source: Path, limit: int, device: str) -> 
         )
     except subprocess.TimeoutExpired:
         return {"seconds": f"more than {limit}"}
-    found: dict[str, Any] = json.loads(done.stdout.decode().splitlines()[-1])
+    said = [json.loads(line) for line in done.stdout.decode().splitlines() if line.startswith("{")]
+    found: dict[str, Any] = next(one for one in said if one)
     return found
 
 
@@ -175,15 +179,20 @@ def main() -> None:
     arguments.add_argument("--limit", type=int, default=1800, help="seconds after which a case is given up")
     arguments.add_argument("--device", default="cpu")
     arguments.add_argument("--run", choices=list(CASES), help="run one case here and print its record")
+    arguments.add_argument("--processes", type=int, default=1, help="share the work among so many, of a thread each")
     given = arguments.parse_args()
     folder = require_data(given)
     if given.run:
+        if "WORLD_SIZE" in os.environ:
+            distributed.init_process_group("gloo")
         print(json.dumps(run(given.run, folder, given.device)))
         return
     for case in given.only or CASES:
-        own = measured(case, folder, Path(__file__).resolve().parents[1], given.limit, given.device)
-        before = measured(case, folder, given.before, given.limit, given.device) if given.before else None
+        how = (given.limit, given.device, given.processes)
+        own = measured(case, folder, Path(__file__).resolve().parents[1], *how)
+        before = measured(case, folder, given.before, *how) if given.before else None
         name = case if given.device == "cpu" else f"{case}, {given.device}"
+        name = name if given.processes == 1 else f"{name}, {given.processes} processes"
         keep([record(case=name, what=(CASES[case].__doc__ or "").rstrip("."), **own, before=before)])
 
 

@@ -37,6 +37,7 @@ from rankfold.search.curves import Curve
 from rankfold.search.outline import outlines
 from rankfold.search.trace import Trace
 from rankfold.search.widths import Width
+from rankfold.sharing import place
 from rankfold.training import Training
 from rankfold.units import about_means, hidden_channels, measure_widths, timed_parts, with_metric, with_prices
 
@@ -263,6 +264,8 @@ def study(
         sets = hidden_channels(whole.model, example_inputs, layers, choices)
         timing: dict[str, Any] = {}
         if LATENCY in budget.units:
+            if place()[1] > 1:
+                raise BudgetError("a limit on the latency is met by timing in one process; start one, not several")
             layers, sets, before = timed_parts(
                 model, whole.model, example_inputs, layers, sets, before, compiled=compiled, progress=progress
             )

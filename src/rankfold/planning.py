@@ -16,7 +16,7 @@ from rankfold.errors import BudgetError, ModelError, UnknownNameError
 from rankfold.network.finding import Layers, matches
 from rankfold.network.kinds import weight_of
 from rankfold.network.opening import Opened, within
-from rankfold.network.passes import Inputs
+from rankfold.network.passes import Inputs, device_of
 from rankfold.network.rehearsal import rehearse
 from rankfold.plan import INTERPOLATIVE, LayerSpec, Plan, channels_named
 from rankfold.progress import Progress, silent
@@ -29,6 +29,7 @@ from rankfold.search.published import Published
 from rankfold.search.trace import Trace
 from rankfold.search.units import UnitCurve
 from rankfold.search.widths import Width
+from rankfold.sharing import shared
 from rankfold.units import dense_cost, fitted_factors, members, narrowings_of, planned, united
 
 Decompositions = str | Sequence[str] | Mapping[str, str | Sequence[str]]
@@ -200,12 +201,24 @@ def measure(
 
     Ranks are multiples of `align`, but on layers too small for it.
     """
-    curves = []
-    for done, layer in enumerate(layers.found):
-        progress("measuring layers", done, len(layers.found))
+    order = {layer.name: place for place, layer in enumerate(layers.found)}
+
+    def measured(layer: LayerSpec) -> Curve:
+        progress("measuring layers", order[layer.name], len(layers.found))
         weight = weight_of(model.get_submodule(layer.name))
         names = [name for name in choices[layer.name] if name != INTERPOLATIVE]
-        curves.append(measure_layer(layer, weight, names, units=units, moments=moments, align=align))
+        return measure_layer(layer, weight, names, units=units, moments=moments, align=align)
+
+    def dressed(layer: LayerSpec, curve: Curve) -> Curve:
+        return replace(curve, weight=weight_of(model.get_submodule(layer.name)), moments=moments or {})
+
+    curves = shared(
+        layers.found,
+        measured,
+        packed=lambda curve: replace(curve, weight=None, moments={}),
+        unpacked=dressed,
+        device=device_of(model) or "cpu",
+    )
     progress("measuring layers", len(layers.found), len(layers.found))
     return tuple(curves)
 

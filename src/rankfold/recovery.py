@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 
 from torch import nn
@@ -13,6 +14,7 @@ from rankfold.errors import DataError
 from rankfold.network.copies import duplicate
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
+from rankfold.sharing import place
 from rankfold.training import Losses, Training, Unlabelled, fine_tune
 from rankfold.training.settings import distilling
 from rankfold.units import better
@@ -88,7 +90,8 @@ class Recovery:
         training = distilling(self.distilling, known.inputs)
         inputs, batch_size = Unlabelled.of(known.inputs, training.batch_size)
         held, _ = Unlabelled.of(known.held, training.batch_size)
-        training = replace(training, batch_size=batch_size)
+        processes = place()[1]
+        training = replace(training, batch_size=math.ceil(batch_size / processes) * processes)
         trained = fine_tune(
             student,
             inputs,

@@ -20,7 +20,7 @@ from rankfold.network.costs import cost_of
 from rankfold.network.finding import Layers
 from rankfold.network.kinds import weight_of, weight_shape
 from rankfold.network.narrowing import tried
-from rankfold.network.passes import Inputs, few, run
+from rankfold.network.passes import Inputs, device_of, few, run
 from rankfold.network.timing.context import timed
 from rankfold.network.tracing import followed
 from rankfold.plan import INTERPOLATIVE, ChannelSet, LayerPlan, Narrowing, channels_named
@@ -30,6 +30,7 @@ from rankfold.search.network_objectives import divergences
 from rankfold.search.prices import TEMPERATURE, TRIALS, priced
 from rankfold.search.units import UnitCurve, cost_at, unit_curve
 from rankfold.search.widths import WIDTHS, Width, measure_width, units_of
+from rankfold.sharing import shared
 
 SURE = 1.3
 """Standard errors by which divergence has to grow to count: one time in ten it does by chance."""
@@ -105,19 +106,17 @@ def measure_widths(
     """The order in which channels of every set go, with errors by width; and the layers with why others stay."""
     specs, sets = {layer.name: layer for layer in layers.found}, channels.found
     most = {one.name: WIDTHS if len(unit) < 3 else WIDTHS // 2 for unit in units_of(sets, specs) for one in unit}
-    found: list[Width] = []
-    kept: dict[str, str] = {}
-    for done, one in enumerate(sets):
-        progress("ordering channels", done, len(sets))
+
+    def measured(one: ChannelSet) -> Width | str:
+        progress("ordering channels", sets.index(one), len(sets))
         weights = {port.layer: weight_of(model.get_submodule(port.layer)) for port in one.consumers}
-        width = measure_width(one, specs, weights, moments or {}, align=align, most=most[one.name])
-        if isinstance(width, str):
-            kept[channels_named(one.name)] = width
-        else:
-            found.append(width)
+        return measure_width(one, specs, weights, moments or {}, align=align, most=most[one.name])
+
+    widths = shared(sets, measured, device=device_of(model) or "cpu")
+    kept = {channels_named(one.name): found for one, found in zip(sets, widths, strict=True) if isinstance(found, str)}
     if sets:
         progress("ordering channels", len(sets), len(sets))
-    return tuple(found), layers.without(kept)
+    return tuple(one for one in widths if isinstance(one, Width)), layers.without(kept)
 
 
 def with_prices(

@@ -28,6 +28,7 @@ from rankfold.network.kinds import known_kind, shape_of
 from rankfold.network.passes import Inputs, arguments_of, describe_inputs, run
 from rankfold.plan import LayerSpec
 from rankfold.progress import Progress, silent
+from rankfold.sharing import everywhere, owned, place
 
 SHARE = 0.25
 """Part of the memory that moments may take before they are kept in files."""
@@ -161,14 +162,15 @@ class _Apart(BaseException):
 class _Watch:
     """Adds up the patches of every call of some modules, which are parts of layers, by the layers' names.
 
-    Layers that read the very same tensor, as query, key and value do, have one sum if they are `shared`; where that is
-    not so in all passes, _Apart is raised. Where every layer is called once in every pass, a pass ends at the last of
-    them: a language model's head is costly.
+    Of several processes each does so for some layers. Layers that read the very same tensor, as query, key and value
+    do, have one sum if they are `shared`; where that is not so in all passes, _Apart is raised. Where every layer is
+    called once in every pass, a pass ends at the last of them: a language model's head is costly.
     """
 
     def __init__(self, owners: Mapping[nn.Module, str], batches: int, *, shared: bool) -> None:
         self.owners, self.batches, self.shared = owners, batches, shared
         self.sums: dict[str, MomentSum] = {}
+        self.own: dict[str, bool] = {}
         self.firsts: dict[str, str] = {}
         self._calls: dict[str, int] = {}
         self._last: tuple[str, Tensor, int] | None = None
@@ -190,9 +192,9 @@ class _Watch:
 
     def moments(self, *, shrink: bool) -> Iterator[tuple[list[str], Moment]]:
         """The moment of every sum, with the layers that it is of; the sums go as they are read."""
-        while self.sums:
-            first = next(iter(self.sums))
+        for number, first in enumerate(list(self.sums)):
             total = self.sums.pop(first)
+            total = everywhere(total if owned(number) else None, total.device)[number % place()[1]]
             if not total.finite:
                 raise DataError(f"{first}: its inputs during calibration are not finite; check the calibration inputs")
             moment = total.moment()
@@ -208,9 +210,10 @@ class _Watch:
         if first == name:
             if name not in self.sums:
                 self.sums[name] = MomentSum(shape_of(module), x.device)
+                self.own[name] = owned(len(self.own))
             group = int(args[1]) if kind.stacked else None
             thinning = slice(None) if group is not None else thinning_of(module, output, number, self.batches)
-            for patches in patches_of(module, x.detach(), thinning):
+            for patches in patches_of(module, x.detach(), thinning) if self.own[name] else ():
                 self.sums[name].add(patches, group)
         if self._once and set(self._calls.values()) == {number + 1}:
             raise Reached

@@ -32,6 +32,7 @@ from rankfold.network.blocks import find_blocks, first_tensor
 from rankfold.network.passes import Inputs, copied, digest_of, evaluating, split
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
+from rankfold.sharing import owned
 
 RATE, BACK = 1e-3, 3.0
 """Adam's learning rate, and what it is divided by after an epoch that made the error on held inputs rise."""
@@ -194,8 +195,8 @@ class _Kept:
         return before, after
 
     def write(self, place: int, parameters: Sequence[nn.Parameter], errors: tuple[float, float]) -> None:
-        """Keeps a block."""
-        if self.folder is None:
+        """Keeps a block; of several processes, which all do the same, one writes."""
+        if self.folder is None or not owned(0):
             return
         told = {"run": self.run, "before": repr(errors[0]), "after": repr(errors[1])}
         partial = self._file(place).with_suffix(".partial")

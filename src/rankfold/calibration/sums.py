@@ -36,7 +36,7 @@ class MomentSum:
     def __init__(self, layer: LayerShape, device: torch.device) -> None:
         groups, inputs = layer.groups, layer.inputs
         taps = layer.params // (groups * layer.outputs * inputs)
-        self.shape = (groups, inputs, taps)
+        self.shape, self.device = (groups, inputs, taps), device
         whole = inputs * taps <= LARGEST_MOMENT or layer.routed
         dtype = torch.float64 if inputs * taps <= LARGEST_DOUBLE else torch.float32
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from rankfold.cli.described import calibration_of, search_of, training_of
 from rankfold.cli.options import (
     BLOCKS_IN_BATCH,
     Decompositions,
@@ -21,7 +23,7 @@ from rankfold.cli.options import (
     Weights,
     as_timed_,
     decompositions,
-    examples,
+    joined,
     open_model,
     print_json,
     progress_bars,
@@ -32,15 +34,9 @@ from rankfold.reports.layout import show
 
 if TYPE_CHECKING:
     from rankfold.budget import Budget
-    from rankfold.search import Search
-    from rankfold.sources.models import Source
-    from rankfold.training import Training
 
 TIMED = 3.0
 """Seconds in which the result is timed beside its original, about."""
-BLOCKS = 128
-"""Blocks of text to calibrate on, unless said otherwise."""
-OBJECTIVES = ("reconstruction", "divergence", "validation")
 
 
 def analyze(
@@ -197,19 +193,27 @@ def compress(
 
     limits = Budget.parse(budget)
     small = out.with_name(f"{out.name}.compressed") if finetune else out
-    _check({out, small}, limits, compiled=compiled, refined=bool(refine), more=bool(refine_blocks or refine_checkpoint))
+    _check(
+        {out, small},
+        limits,
+        finetune=finetune,
+        compiled=compiled,
+        refined=bool(refine),
+        more=bool(refine_blocks or refine_checkpoint),
+    )
     source, example, shape = open_model(model, weights, input_shape, seed)
     example = as_timed_(source.model, example, device=device, batch=batch, channels_last=channels_last, threads=threads)
-    training = _training(finetune, test, source, shape, length, epochs=epochs, augment=augment, seed=seed)
-    finder = _search(search, objective, source, shape, data=data, samples=samples, checkpoint=checkpoint)
-    with progress_bars(as_json) as progress:
+    training = training_of(finetune, test, source, shape, length, epochs=epochs, augment=augment, seed=seed)
+    finder = search_of(search, objective, source, shape, data=data, samples=samples, checkpoint=checkpoint)
+    main = joined()
+    with progress_bars(as_json or not main) as progress:
         result = run_compression(
             cast(nn.Module, torch.compile(source.model)) if compiled else source.model,
             example,
             decomposition=decompositions(decomposition) if decomposition else None,
             budget=limits,
             search=finder,
-            calibration=_calibration(calibration, calibration_samples, (length, written), source, example, shape),
+            calibration=calibration_of(calibration, calibration_samples, (length, written), source, example, shape),
             calibration_samples=calibration_samples,
             align=align,
             sequential=sequential,
@@ -225,6 +229,8 @@ def compress(
             exclude=exclude or (),
             progress=progress,
         )
+    if not main:
+        return
     origin: dict[str, Any] = {"model": model, "seed": seed, **({"input_shape": list(shape)} if shape else {})}
     if weights:
         origin |= {"weights": str(weights.absolute()), "weights_sha256": digest(weights)}
@@ -234,10 +240,7 @@ def compress(
         result = replace(result, pictures=())
     path = save(result, small, source=origin, metrics=timed)
     write_page(path)
-    told, shown = (
-        {**tables.compression_dict(result, path), **timed},
-        [tables.compression(result, path, times)],
-    )
+    told, shown = {**tables.compression_dict(result, path), **timed}, [tables.compression(result, path, times)]
     if finetune and training:
         from rankfold.fine_tuning import fine_tune_saved
 
@@ -252,96 +255,17 @@ def compress(
         show(*shown)
 
 
-def _check(targets: set[Path], limits: Budget, *, compiled: bool, refined: bool, more: bool) -> None:
+def _check(
+    targets: set[Path], limits: Budget, *, finetune: str | None, compiled: bool, refined: bool, more: bool
+) -> None:
     """Raises what is to be said of places that are taken, and of options that only mean something beside others."""
     from rankfold.files.artifact import check_target
 
     for target in targets:
         check_target(target)
+    if finetune and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise DataError("--finetune is for one process; give the result to finetune, which several may run")
     if compiled and "latency" not in limits.given:
         raise BudgetError("--compile is for a limit on the latency, for example --budget latency=0.7; leave it out")
     if more and not refined:
         raise BudgetError("--refine-blocks and --refine-checkpoint are for --refine EPOCHS; give a number of epochs")
-
-
-def _training(
-    finetune: str | None, test: str | None, source: Source, shape: tuple[int, ...] | None, length: int, **settings: Any
-) -> Training | None:
-    """The settings of fine-tuning, if that is asked for; its data are looked at now, not after the compression."""
-    if finetune is None:
-        if test is not None:
-            raise DataError("--test is for --finetune; score a model that is only compressed with evaluate")
-        return None
-    from rankfold.fine_tuning import open_examples, synthetic_count
-    from rankfold.sources.text import is_text
-    from rankfold.training import Training
-    from rankfold.training.settings import TEXT
-
-    for spec in (finetune if synthetic_count(finetune) is None else None, test):
-        if spec is not None:
-            open_examples(spec, source, shape, length)
-    return Training(**{**(TEXT if is_text(finetune) else {}), **settings})
-
-
-def _calibration(
-    spec: str,
-    samples: int | None,
-    blocks: tuple[int, float],
-    source: Source,
-    example: Any,
-    shape: tuple[int, ...] | None,
-) -> str | list[Any]:
-    """What `compress` is to calibrate on: a way to make inputs, by name, or batches of data.
-
-    Of `blocks` of text, their length and the share of them that the model writes.
-    """
-    from rankfold.calibration.synthetic import SAMPLES
-    from rankfold.calibration.tokens import with_written
-    from rankfold.sources.text import is_text, open_text
-
-    length, written = blocks
-    if written and not is_text(spec):
-        raise DataError(f"--written is for --calibration text:FILE, not {spec}; synthetic has the model write all")
-    if spec in ("auto", "none", "synthetic"):
-        return spec
-    if is_text(spec):
-        rows = open_text(spec, source.tokenize, length, samples or BLOCKS).rows
-        others = [name for name in example if not name.endswith("input_ids")] if isinstance(example, dict) else []
-        if others:
-            raise DataError(f"{spec} holds tokens, and this model takes {', '.join(others)} as well; use Python")
-        parts = with_written(source.model, rows, written).split(BLOCKS_IN_BATCH)
-        return [dict.fromkeys(example, part) if isinstance(example, dict) else part for part in parts]
-    return [x for x, _ in examples(spec, samples or SAMPLES, source, shape)]
-
-
-def _search(
-    name: str,
-    objective: str,
-    source: Source,
-    shape: tuple[int, ...] | None,
-    *,
-    data: str | None,
-    samples: int,
-    checkpoint: Path | None,
-) -> str | Search:
-    """The search that the options of compress describe."""
-    from rankfold.errors import UnknownNameError
-    from rankfold.objectives import Divergence, Validation
-    from rankfold.search import Rene
-
-    if objective not in OBJECTIVES:
-        raise UnknownNameError("objective", objective, OBJECTIVES)
-    if name != "rene":
-        if objective != OBJECTIVES[0] or checkpoint:
-            raise BudgetError(f"--objective and --checkpoint are for --search rene, not {name}")
-        return name
-    if objective == OBJECTIVES[0]:
-        if data is not None:
-            raise BudgetError("--data is for --objective divergence or validation")
-        return Rene(checkpoint=checkpoint)
-    if data is None:
-        raise DataError(f"--objective {objective} needs inputs; give them with --data, for example npz:train.npz")
-    pairs = list(examples(data, samples, source, shape))
-    if objective == "validation":
-        return Rene(objective=Validation(source.model, pairs), checkpoint=checkpoint)
-    return Rene(objective=Divergence(source.model, [x for x, _ in pairs]), checkpoint=checkpoint)

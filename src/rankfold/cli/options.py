@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -74,6 +75,17 @@ def open_model(
     if source.input_shape is None and source.inputs is None:
         raise ModelError(f"{spec} does not say what inputs it takes; give --input-shape, for example 3,224,224")
     return source, source.example_inputs(), source.input_shape
+
+
+def joined() -> bool:
+    """Joins the processes that `torchrun` started with this one, if it did; whether this is the one that writes."""
+    from rankfold.sharing import place
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from rankfold.training.preparation import processes
+
+        processes()
+    return place()[0] == 0
 
 
 def as_timed_(

@@ -27,6 +27,7 @@ from rankfold.network.passes import digest_of
 from rankfold.plan import Plan
 from rankfold.planning import Decompositions, as_json
 from rankfold.progress import Progress, silent
+from rankfold.sharing import place
 from rankfold.sources.shards import Shards, to_meta_
 
 ALIGN = 8
@@ -59,6 +60,8 @@ def compress_files(
     """
     if "latency" in budget.given or "error" in budget.given:
         raise BudgetError("a model in files is compressed to a number of parameters, bytes or MACs; limit one of these")
+    if place()[1] > 1:
+        raise BudgetError("a model in files is compressed by one process; start one, not several")
     source, target = Path(directory), Path(out).absolute()
     check_target(target, is_ours)
     model, shards = skeleton(source), Shards(source)

@@ -16,8 +16,10 @@ from rankfold.network.kinds import factorised, kind_of, shape_of, stage_weights,
 from rankfold.network.layouts import empty_factors
 from rankfold.network.narrowing import narrow_, narrowed_error, narrowed_moment, rebuild_
 from rankfold.network.opening import open_
+from rankfold.network.passes import device_of
 from rankfold.plan import LayerPlan, Plan
 from rankfold.progress import Progress, silent
+from rankfold.sharing import shared
 
 
 def apply_plan(
@@ -41,9 +43,9 @@ def apply_plan(
     if plan.narrowings:
         student = narrow_(student, plan.narrowings)
         rebuild_(student, whole, plan, rebuilding if rebuilding is not None else moments or {})
+    at_hand = {**(factors or {}), **_fitted(student, whole, plan, factors or {}, moments or {}, progress)}
     reached = []
-    for done, layer in enumerate(plan.layers):
-        progress("fitting factors", done, len(plan.layers))
+    for layer in plan.layers:
         known = (moments or {}).get(layer.name, IDENTITY)
         if layer.decomposition is None:
             lost = narrowed_error(whole, student, plan, layer, known) if layer.narrowed else 0.0
@@ -53,19 +55,43 @@ def apply_plan(
         shape = shape_of(module)
         wiring = wiring_of(layer.decomposition, shape)
         weight = weight_of(module)
-        found, moment = (factors or {}).get(layer.name), narrowed_moment(known, whole, plan, layer)
-        if found is None:
-            found = fit(
-                layer.decomposition, weight, shape, layer.ranks, layer=layer.name, starts=layer.starts, moment=moment
-            )
+        found, moment = at_hand[layer.name], narrowed_moment(known, whole, plan, layer)
         stored = tuple(factor.to(weight.dtype).double() for factor in found)
         student = swapped(student, layer, found)
         if layer.narrowed:
             reached.append(replace(layer, error=narrowed_error(whole, student, plan, layer, known)))
         else:
             reached.append(replace(layer, error=metric_error(weight, wiring, stored, moment)))
-    progress("fitting factors", len(plan.layers), len(plan.layers))
     return student, plan.with_layers(tuple(reached))
+
+
+def _fitted(
+    student: nn.Module,
+    whole: nn.Module,
+    plan: Plan,
+    factors: Mapping[str, Factors],
+    moments: Mapping[str, Moment],
+    progress: Progress,
+) -> dict[str, Factors]:
+    """The factors of the plan's layers that are not at hand, fitted to the weights of a student without any."""
+    missing = [layer for layer in plan.decomposed if layer.name not in factors]
+
+    def fitted(layer: LayerPlan) -> Factors:
+        progress("fitting factors", missing.index(layer), len(missing))
+        module, known = _submodule(student, layer), moments.get(layer.name, IDENTITY)
+        return fit(
+            cast(str, layer.decomposition),
+            weight_of(module),
+            shape_of(module),
+            layer.ranks,
+            layer=layer.name,
+            starts=layer.starts,
+            moment=narrowed_moment(known, whole, plan, layer),
+        )
+
+    made = shared(missing, fitted, device=device_of(whole) or "cpu")
+    progress("fitting factors", len(missing), len(missing))
+    return {layer.name: found for layer, found in zip(missing, made, strict=True)}
 
 
 def rebuilt(model: nn.Module, plan: Plan) -> nn.Module:

@@ -31,6 +31,7 @@ from rankfold.progress import Progress, silent
 from rankfold.search.curves import Curve, FloatArray, Price
 from rankfold.search.network_objectives import class_axis, over_classes
 from rankfold.search.widths import Width
+from rankfold.sharing import everywhere, owned
 
 TRIALS = (0.02, 0.1, 0.5)
 """Squared relative errors that are made, about."""
@@ -74,10 +75,14 @@ def priced(
         divergence = _divergence_from(output_of(replay.output), classes=classes)
         for done, (part, found) in enumerate(zip(parts, sums, strict=True)):
             progress("pricing errors", number * len(parts) + done, len(inputs) * len(parts))
+            if not owned(done):
+                continue
             for trial in part():
                 loss = divergence(output_of(replay(trial.weights)))
                 found[trial.error] = found.get(trial.error, 0.0) + loss * size / sum(sizes)
     progress("pricing errors", len(inputs) * len(parts), len(inputs) * len(parts))
+    made = everywhere(sums)
+    sums = [made[done % len(made)][done] for done in range(len(parts))]
     prices = _prices([{error: loss for error, loss in found.items() if np.isfinite(loss)} for found in sums])
     return (
         tuple(replace(curve, price=price) for curve, price in zip(curves, prices, strict=False)),

@@ -7,16 +7,17 @@ no search comes near are never fitted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from rankfold.decompositions import DECOMPOSITIONS
 from rankfold.progress import Progress, silent
-from rankfold.search.curves import Curve, FloatArray
+from rankfold.search.curves import Curve, Fit, FloatArray, refitted
 from rankfold.search.evbmf import evbmf_ranks
 from rankfold.search.problem import ERROR, Problem, Search, Selection
+from rankfold.sharing import shared
 
 GUESSES = 12
 """Refinements after which candidates that are only bounded from below, and were not tried so far, are given up."""
@@ -71,14 +72,28 @@ def _hopeful(curve: Curve, chosen: int, cost: FloatArray, slack: float) -> list[
 
 def visited(problem: Problem, wanted: Sequence[Sequence[int]], progress: Progress = silent) -> Problem:
     """The problem with the wanted candidates fitted."""
-    total = sum(map(bool, wanted))
-    done, result = 0, []
-    for curve, places in zip(problem.curves, wanted, strict=True):
-        if places:
-            curve, done = curve.visited(places, starts=problem.starts), done + 1
-            progress("fitting candidates", done, total)
-        result.append(curve)
-    return replace(problem, curves=tuple(result))
+    curves = list(problem.curves)
+    chosen = [number for number, places in enumerate(wanted) if places]
+
+    def fitted(number: int) -> Curve:
+        progress("fitting candidates", chosen.index(number), len(chosen))
+        return curves[number].visited(wanted[number], starts=problem.starts)
+
+    def dressed(number: int, fits: Sequence[Mapping[str, tuple[Fit, ...]]]) -> Curve:
+        parts = zip(curves[number].parts, fits, strict=True)
+        return curves[number].of_parts([refitted(part, own) for part, own in parts])
+
+    made = shared(
+        chosen,
+        fitted,
+        packed=lambda curve: [part.fits for part in curve.parts],
+        unpacked=dressed,
+        device=next((one.weight.device for curve in curves for one in curve.parts if one.weight is not None), "cpu"),
+    )
+    for number, curve in zip(chosen, made, strict=True):
+        curves[number] = curve
+    progress("fitting candidates", len(chosen), len(chosen))
+    return replace(problem, curves=tuple(curves))
 
 
 def unsettled(problem: Problem, choices: Sequence[int]) -> list[list[int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from rankfold.errors import ModelError, reason_of
@@ -10,10 +12,13 @@ from rankfold.errors import ModelError, reason_of
 def open_device(name: str) -> torch.device:
     """The device called `name`, such as cpu or cuda:1; with auto, a CUDA GPU where there is one.
 
+    Of several processes that `torchrun` started, each has one of its own.
+
     Raises ModelError for one that is not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        number = os.environ.get("LOCAL_RANK", "0")
+        return torch.device(f"cuda:{number}" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, dtype=torch.float64, device=device).item()  # some devices have no such numbers

@@ -294,7 +294,8 @@ class _Run:
         """The score of the weights as they are, which are kept where they are the best."""
         if held_out is None or not self.main:
             return None
-        score = score_of(self._made(self._weights()).to(self.device), held_out, teacher=self.teacher)
+        judged = self._made(self._weights()).to(self.device) if self.average else self.student
+        score = score_of(judged, held_out, teacher=self.teacher)
         self.stopping.see(score, self._weights())
         return score
 

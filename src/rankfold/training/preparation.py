@@ -72,7 +72,9 @@ def _accelerate() -> Any:
     try:
         import accelerate
     except ImportError as error:
-        raise TrainingError(f"fine-tuning needs accelerate: pip install 'rankfold[train]' ({error})") from error
+        raise TrainingError(
+            f"training, and several processes, need accelerate: pip install 'rankfold[train]' ({error})"
+        ) from error
     return accelerate
 
 
