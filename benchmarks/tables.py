@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,9 @@ def accuracies(records: list[dict[str, Any]]) -> str:
 def source(records: list[dict[str, Any]]) -> str:
     """The data of records, and the script that made them, in a line; the records themselves have its options."""
     sets = dict.fromkeys(f"{one['data']}, {one['examples']:,} images" for one in records if "examples" in one)
-    one = records[0]
     dates = " and ".join(sorted({record["date"] for record in records}))
-    script = f"`{' '.join(one['command'].split()[:2])}`, {dates}, {one['machine']}."
+    machine = Counter(record["machine"] for record in records).most_common(1)[0][0]
+    script = f"`{' '.join(records[0]['command'].split()[:2])}`, {dates}, {machine}."
     return "; ".join([*sets, script])
 
 
@@ -240,7 +241,7 @@ SPEED = {
 
 def bits(records: list[dict[str, Any]]) -> str:
     """A language model by what is kept of it and the bits of its weights."""
-    texts = list(records[0]["perplexity"])
+    texts = [text for text in records[0]["perplexity"] if all(text in one["perplexity"] for one in records)]
     header = ["of the blocks kept", "bits", "MB", *(f"perplexity, {text}" for text in texts)]
     rows = [
         [
@@ -312,7 +313,7 @@ CALIBRATED = {"valid": "text", "written": "its own", "mixed": "half and half", "
 def language_models(records: list[dict[str, Any]]) -> str:
     """A language model by method and size: perplexity on both texts, what was lost, and the speed that came of it."""
     header = ["method", "calibrated on", "epochs by blocks, of the whole", "of the blocks kept"]
-    texts = list(records[0]["perplexity"])
+    texts = [text for text in records[0]["perplexity"] if all(text in one["perplexity"] for one in records)]
     header += [f"perplexity, {text}" for text in texts] + [f"nats lost, {text}" for text in texts]
     header += ["tokens/s, prompt", "tokens/s, written", "seconds", "GB"]
     rows = [

@@ -64,9 +64,10 @@ class Recovery:
         apart = replace(plan, settings={**plan.settings, "fitted": APART})
         if plan.narrowings and known.samples < FEWEST:
             return student, apart
-        before = duplicate(student) if plan.narrowings else None
+        judged = known.held or (list(known.inputs) if plan.narrowings else [])
+        before = duplicate(student) if judged else None
         plan = refit_(student, model, plan, known.inputs, moments=known.moments, progress=progress)
-        if before is None or better(model, before, student, known.held or list(known.inputs)):
+        if before is None or better(model, before, student, judged):
             return student, plan
         return before, apart
 
