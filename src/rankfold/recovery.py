@@ -12,6 +12,7 @@ from rankfold.calibration.moments import Calibration
 from rankfold.calibration.refining import Refining, refine_
 from rankfold.errors import DataError
 from rankfold.network.copies import duplicate
+from rankfold.network.passes import examples_in
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
 from rankfold.sharing import place
@@ -20,8 +21,8 @@ from rankfold.training.settings import distilling
 from rankfold.units import better
 
 FEWEST = 32
-"""Calibration inputs from which on a network that lost channels is fitted in forward order; of fewer, too few are held
-back to tell whether that helps."""
+"""Calibration inputs from which on it is judged whether fits in forward order help: of fewer, too few are held back to
+tell. A network that lost channels then does without such fits, as they can do it harm; others have them."""
 APART = "layer by layer: in forward order there are too few inputs, or it was farther from the original"
 """What a plan says of fits in forward order that were taken back."""
 
@@ -62,9 +63,10 @@ class Recovery:
         if not self.in_order:
             return student, plan
         apart = replace(plan, settings={**plan.settings, "fitted": APART})
-        if plan.narrowings and known.samples < FEWEST:
+        few = known.samples + sum(map(examples_in, known.held)) < FEWEST
+        if plan.narrowings and few:
             return student, apart
-        judged = known.held or (list(known.inputs) if plan.narrowings else [])
+        judged = [] if few else known.held or list(known.inputs)
         before = duplicate(student) if judged else None
         plan = refit_(student, model, plan, known.inputs, moments=known.moments, progress=progress)
         if before is None or better(model, before, student, judged):
