@@ -25,7 +25,6 @@ from rankfold.network.passes import (
     output_of,
     run,
     run_with,
-    split,
     tensors_in,
 )
 from rankfold.search.curves import Curve
@@ -174,6 +173,10 @@ def class_axis(output: Tensor) -> int:
     return 1 if output.ndim > 3 else -1
 
 
+ROWS = 1024
+"""Distributions that are compared together: those of language models are large."""
+
+
 def divergences(
     model: nn.Module, student: nn.Module, batches: Iterable[Inputs], temperature: float
 ) -> Float[Tensor, " rows"]:
@@ -184,15 +187,17 @@ def divergences(
     compared.
     """
     found, energies = [], []
-    for single in split(batches, 1):  # the outputs of language models are large
-        own, other = (torch.atleast_1d(output_of(run(one, single))) for one in (student, model))
+    for batch in batches:
+        own, other = (torch.atleast_1d(output_of(run(one, batch))) for one in (student, model))
         if own.shape != other.shape:
             raise ModelError(
                 f"the student gives outputs of shape {tuple(own.shape)}, the original {tuple(other.shape)}"
             )
         if over_classes(other):
-            found.append(temperature**2 * _divergence(own, other, temperature))
-            energies.append(torch.ones_like(found[-1]))
+            axis = class_axis(other)
+            rows = (one.movedim(axis, -1).flatten(0, -2).split(ROWS) for one in (own, other))
+            found += [temperature**2 * _divergence(a, b, temperature) for a, b in zip(*rows, strict=True)]
+            energies.append(torch.ones(other.numel() // other.shape[axis], device=other.device))
         else:
             squares = ((own - other).float().square(), other.float().square())
             errors, energy = (one.reshape(len(other), -1).sum(1) for one in squares)
