@@ -95,8 +95,12 @@ def test_the_command_writes_once_and_says_it_once(tmp_path: Path):
     assert json.loads(done.stdout)["after"]["macs"] == plan.after.macs <= 0.4 * plan.before.macs
 
 
+def silent_steps(done: int, total: int) -> None:
+    """A report that nobody reads."""
+
+
 def test_one_process_does_everything_itself():
     assert place() == (0, 1)
     assert all(owned(number) for number in range(3))
     assert everywhere("x") == ["x"]
-    assert shared([1, 2, 3], lambda one: one * 2, packed=lambda made: 1 / 0) == [2, 4, 6]
+    assert shared([1, 2, 3], lambda one: one * 2, silent_steps, packed=lambda made: 1 / 0) == [2, 4, 6]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, cast
 
 from torch import nn
@@ -201,10 +201,8 @@ def measure(
 
     Ranks are multiples of `align`, but on layers too small for it.
     """
-    order = {layer.name: place for place, layer in enumerate(layers.found)}
 
     def measured(layer: LayerSpec) -> Curve:
-        progress("measuring layers", order[layer.name], len(layers.found))
         weight = weight_of(model.get_submodule(layer.name))
         names = [name for name in choices[layer.name] if name != INTERPOLATIVE]
         return measure_layer(layer, weight, names, units=units, moments=moments, align=align)
@@ -215,11 +213,11 @@ def measure(
     curves = shared(
         layers.found,
         measured,
+        partial(progress, "measuring layers"),
         packed=lambda curve: replace(curve, weight=None, moments={}),
         unpacked=dressed,
         device=device_of(model) or "cpu",
     )
-    progress("measuring layers", len(layers.found), len(layers.found))
     return tuple(curves)
 
 

@@ -38,32 +38,39 @@ def owned(number: int) -> bool:
 def shared(
     items: Sequence[Item],
     work: Callable[[Item], Made],
+    report: Callable[[int, int], None],
     *,
     packed: Callable[[Made], Any] = lambda made: made,
     unpacked: Callable[[Item, Any], Made] = lambda item, sent: sent,
     device: torch.device | str = "cpu",
 ) -> list[Made]:
-    """What `work` makes of every item, in their order, each done by one process.
+    """What `work` makes of every item, in their order, each done by one process, which reports how far it is.
 
     `packed` is what is sent of it, and `unpacked` makes the same of that for an item, its tensors on `device`. Where
     the work of one process fails, all raise its error.
     """
-    if place()[1] == 1:
-        return [work(item) for item in items]
+
+    def made(number: int) -> Made:
+        report(number, len(items))
+        return work(items[number])
+
     own: dict[int, Made] = {}
     failed: RankfoldError | None = None
     try:
-        own = {number: work(item) for number, item in enumerate(items) if owned(number)}
+        own = {number: made(number) for number in range(len(items)) if owned(number)}
     except RankfoldError as error:
         failed = error
+    alone = place()[1] == 1
     message = None if failed is None else str(failed)
-    sent = everywhere((message, {number: packed(made) for number, made in own.items()}), device)
+    sent = [] if alone else everywhere((message, {number: packed(one) for number, one in own.items()}), device)
     if failed is not None:
         raise failed
     for message, _ in sent:
         if message is not None:
             raise RankfoldError(message)
-    others = {number: made for _, part in sent for number, made in part.items()}
+    if items:
+        report(len(items), len(items))
+    others = {number: one for _, part in sent for number, one in part.items()}
     return [own[k] if k in own else unpacked(item, others[k]) for k, item in enumerate(items)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from torch import nn
@@ -108,14 +109,11 @@ def measure_widths(
     most = {one.name: WIDTHS if len(unit) < 3 else WIDTHS // 2 for unit in units_of(sets, specs) for one in unit}
 
     def measured(one: ChannelSet) -> Width | str:
-        progress("ordering channels", sets.index(one), len(sets))
         weights = {port.layer: weight_of(model.get_submodule(port.layer)) for port in one.consumers}
         return measure_width(one, specs, weights, moments or {}, align=align, most=most[one.name])
 
-    widths = shared(sets, measured, device=device_of(model) or "cpu")
+    widths = shared(sets, measured, partial(progress, "ordering channels"), device=device_of(model) or "cpu")
     kept = {channels_named(one.name): found for one, found in zip(sets, widths, strict=True) if isinstance(found, str)}
-    if sets:
-        progress("ordering channels", len(sets), len(sets))
     return tuple(one for one in widths if isinstance(one, Width)), layers.without(kept)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -27,6 +26,7 @@ from rankfold.cli.options import (
     open_model,
     print_json,
     progress_bars,
+    several,
 )
 from rankfold.errors import BudgetError, DataError
 from rankfold.reports import tables
@@ -263,7 +263,7 @@ def _check(
 
     for target in targets:
         check_target(target)
-    if finetune and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if finetune and several():
         raise DataError("--finetune is for one process; give the result to finetune, which several may run")
     if compiled and "latency" not in limits.given:
         raise BudgetError("--compile is for a limit on the latency, for example --budget latency=0.7; leave it out")

@@ -77,11 +77,16 @@ def open_model(
     return source, source.example_inputs(), source.input_shape
 
 
+def several() -> bool:
+    """Whether `torchrun` started other processes with this one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def joined() -> bool:
     """Joins the processes that `torchrun` started with this one, if it did; whether this is the one that writes."""
     from rankfold.sharing import place
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if several():
         from rankfold.training.preparation import processes
 
         processes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -55,13 +56,13 @@ def apply_plan(
         shape = shape_of(module)
         wiring = wiring_of(layer.decomposition, shape)
         weight = weight_of(module)
-        found, moment = at_hand[layer.name], narrowed_moment(known, whole, plan, layer)
+        found = at_hand[layer.name]
         stored = tuple(factor.to(weight.dtype).double() for factor in found)
         student = swapped(student, layer, found)
         if layer.narrowed:
             reached.append(replace(layer, error=narrowed_error(whole, student, plan, layer, known)))
         else:
-            reached.append(replace(layer, error=metric_error(weight, wiring, stored, moment)))
+            reached.append(replace(layer, error=metric_error(weight, wiring, stored, known)))
     return student, plan.with_layers(tuple(reached))
 
 
@@ -77,7 +78,6 @@ def _fitted(
     missing = [layer for layer in plan.decomposed if layer.name not in factors]
 
     def fitted(layer: LayerPlan) -> Factors:
-        progress("fitting factors", missing.index(layer), len(missing))
         module, known = _submodule(student, layer), moments.get(layer.name, IDENTITY)
         return fit(
             cast(str, layer.decomposition),
@@ -89,8 +89,7 @@ def _fitted(
             moment=narrowed_moment(known, whole, plan, layer),
         )
 
-    made = shared(missing, fitted, device=device_of(whole) or "cpu")
-    progress("fitting factors", len(missing), len(missing))
+    made = shared(missing, fitted, partial(progress, "fitting factors"), device=device_of(whole) or "cpu")
     return {layer.name: found for layer, found in zip(missing, made, strict=True)}
 
 

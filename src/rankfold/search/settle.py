@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -76,7 +77,6 @@ def visited(problem: Problem, wanted: Sequence[Sequence[int]], progress: Progres
     chosen = [number for number, places in enumerate(wanted) if places]
 
     def fitted(number: int) -> Curve:
-        progress("fitting candidates", chosen.index(number), len(chosen))
         return curves[number].visited(wanted[number], starts=problem.starts)
 
     def dressed(number: int, fits: Sequence[Mapping[str, tuple[Fit, ...]]]) -> Curve:
@@ -86,13 +86,13 @@ def visited(problem: Problem, wanted: Sequence[Sequence[int]], progress: Progres
     made = shared(
         chosen,
         fitted,
+        partial(progress, "fitting candidates"),
         packed=lambda curve: [part.fits for part in curve.parts],
         unpacked=dressed,
         device=next((one.weight.device for curve in curves for one in curve.parts if one.weight is not None), "cpu"),
     )
     for number, curve in zip(chosen, made, strict=True):
         curves[number] = curve
-    progress("fitting candidates", len(chosen), len(chosen))
     return replace(problem, curves=tuple(curves))
 
 
