@@ -30,7 +30,7 @@ def test_a_limit_on_the_time_leaves_depthwise_stages_out(small_cnn: nn.Module):
 
 def test_a_limit_on_the_time_without_inputs_tells_what_was_left(small_cnn: nn.Module):
     x = torch.randn(16, 3, 8, 8)
-    result = compress(small_cnn, x, budget=Budget(latency=1.0), calibration="none")
+    result = compress(small_cnn, x, budget=Budget(latency="60s"), calibration="none")
     assert result.plan.settings["decomposition"] == ["spatial"]
 
 

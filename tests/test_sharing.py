@@ -19,23 +19,24 @@ from torch import distributed, nn
 import rankfold
 from rankfold.calibration import Refining
 
-if "WORLD_SIZE" in __import__("os").environ:
-    distributed.init_process_group("gloo")
+_, out, decompositions, rank, processes = sys.argv
+if int(processes) > 1:
+    distributed.init_process_group("gloo", init_method=f"file://{out}.store", rank=int(rank), world_size=int(processes))
 torch.manual_seed(0)
 model = nn.Sequential(
-    nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(),
-    nn.Conv2d(24, 24, 3, padding=1, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(96, 40),
+    nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(),
+    nn.Conv2d(12, 12, 3, padding=1, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 40),
     nn.ReLU(), nn.Linear(40, 10),
 ).eval()
 x = torch.randn(64, 3, 12, 12, generator=torch.Generator().manual_seed(1)).split(16)
 states = {}
-for decomposition in ("cp3", "svd,interpolative")[: int(sys.argv[2])]:
+for decomposition in decompositions.split("+"):
     names = decomposition.split(",")
     result = rankfold.compress(model, x[0][:1], decomposition=names, budget=rankfold.Budget(macs=0.5), calibration=x,
                                refine=1)
     states |= {f"{decomposition} {name}": tensor for name, tensor in result.model.state_dict().items()}
-if sys.argv[2] == "1":
-    torch.save(states, sys.argv[1]) if distributed.get_rank() == 0 else None
+if int(processes) > 2:
+    torch.save(states, out) if rank == "0" else None
     sys.exit()
 result = rankfold.compress(model, x[0][:1], decomposition="svd", budget=rankfold.Budget(macs=0.5), calibration=x, distil=1)
 states |= {f"distilled {name}": tensor for name, tensor in result.model.state_dict().items()}
@@ -53,43 +54,49 @@ try:
                       budget=rankfold.Budget(macs=0.5), calibration=[torch.randn(8, 4)])
 except rankfold.RankfoldError as error:
     states["failed"] = torch.tensor(1)
-if not distributed.is_initialized() or distributed.get_rank() == 0:
-    torch.save(states, sys.argv[1])
+if rank == "0":
+    torch.save(states, out)
 """
 
 
-def started(processes: int, *command: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """A run in so many processes, of one thread each, over loopback."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-endpoint=localhost:0"]
-        launcher += ["--rdzv-backend=c10d"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **more}
-    return subprocess.run([*launcher, *command], capture_output=True, text=True, env=environment, timeout=300)
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def found_by(processes: int, decompositions: str, folder: Path) -> dict[str, torch.Tensor]:
+    """What the script's first process wrote, of so many that run at once, each with one thread."""
+    out = folder / f"{processes}.pt"
+    (folder / "compress.py").write_text(SCRIPT)
+    commands = [
+        [sys.executable, str(folder / "compress.py"), str(out), decompositions, str(rank), str(processes)]
+        for rank in range(processes)
+    ]
+    running = [subprocess.Popen(one, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) for one in commands]
+    for one in running:
+        _, told = one.communicate(timeout=200)
+        assert one.returncode == 0, told[-2000:]
+    return torch.load(out, weights_only=True)
 
 
 def test_several_processes_come_to_the_same_factors_as_one(tmp_path: Path):
-    script = tmp_path / "compress.py"
-    script.write_text(SCRIPT)
-    found = []
-    for count in (1, 2, 4):
-        done = started(count, str(script), str(tmp_path / f"{count}.pt"), "1" if count == 4 else "2")
-        assert done.returncode == 0, done.stderr[-2000:]
-        found.append(torch.load(tmp_path / f"{count}.pt", weights_only=True))
-    one, *several = found
+    one = found_by(1, "cp3+svd,interpolative", tmp_path)
+    two = found_by(2, "cp3+svd,interpolative", tmp_path)
+    four = found_by(4, "cp3", tmp_path)
     assert "failed" in one
-    assert one.keys() == several[0].keys() > several[1].keys() > set()
-    for other in several:
-        for name, tensor in other.items():
-            if name.startswith("distilled"):  # gradients are summed in another order
-                torch.testing.assert_close(tensor, one[name], rtol=1e-3, atol=1e-5)
-            else:
-                assert torch.equal(tensor, one[name]), name
+    assert one.keys() == two.keys() > four.keys() > set()
+    for name, tensor in (*two.items(), *four.items()):
+        if name.startswith("distilled"):  # gradients are summed in another order
+            torch.testing.assert_close(tensor, one[name], rtol=1e-3, atol=1e-5)
+        else:
+            assert torch.equal(tensor, one[name]), name
 
 
 def test_the_command_writes_once_and_says_it_once(tmp_path: Path):
-    command = ["-m", "rankfold", "compress", "zoo:digits", "--budget", "macs=0.4", "--calibration", "synthetic"]
-    done = started(2, *command, "--calibration-samples", "32", "--json", "--out", str(tmp_path / "small"))
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "rankfold"]
+    command = ["compress", "zoo:digits", "--budget", "macs=0.4", "--calibration", "synthetic"]
+    more = ["--calibration-samples", "32", "--json", "--out", str(tmp_path / "small")]
+    done = subprocess.run(
+        [sys.executable, *launcher, *command, *more], capture_output=True, text=True, env=ENVIRONMENT, timeout=200
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     plan = load_plan(tmp_path / "small")
     assert json.loads(done.stdout)["after"]["macs"] == plan.after.macs <= 0.4 * plan.before.macs
