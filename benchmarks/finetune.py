@@ -1,9 +1,9 @@
 """ResNet-20 on CIFAR-10, compressed and fine-tuned: top-1 on the 9,980 test images, read once, at the end.
 
 Compressed with cp3 and calibrated on 512 training images without their labels, then fine-tuned on 45,000 of the 50,000;
-the other 5,000 are held out. A run that was interrupted goes on from its checkpoint when started again. `--case` names
-the budget, `--work` the folder for the models; `--refine`, `--epochs`, `--rate` and the like as in `rankfold`. With
-`--synthetic N` nothing but the network is used: calibration and fine-tuning on N inputs that are made from it.
+the other 5,000 are held out (`--held-out`). A run that was interrupted goes on from its checkpoint when started again.
+`--case` names the budget, `--work` the folder for the models; `--refine`, `--epochs`, `--rate` and the like as in
+`rankfold`. With `--synthetic N` nothing but the network is used: calibration and fine-tuning on N inputs made from it.
 """
 
 from __future__ import annotations
@@ -50,13 +50,15 @@ def main() -> None:
     arguments.add_argument("--ema", type=float, default=0.0)
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--batch-size", type=int, default=128)
+    arguments.add_argument("--held-out", type=int, default=5000, help="training images that are kept for scores")
     given = arguments.parse_args()
     folder = require_data(given)
     small = given.start or prepared(
         folder, given.work, given.decomposition, given.case, synthetic=bool(given.synthetic), refine=given.refine
     )
-    chosen = ("epochs", "optimiser", "rate", "damping", "logits", "ema", "seed", "batch_size")
-    tuned = given.work / f"{small.name}-{'-'.join(str(getattr(given, name)) for name in chosen)}{given.teacher}"
+    chosen = ("epochs", "optimiser", "rate", "damping", "logits", "ema", "seed", "batch_size", "held_out")
+    made = "-".join(str(getattr(given, name)) for name in chosen)
+    tuned = given.work / f"{small.name}-{made}{given.teacher}"
     teacher = (f"zoo:{given.teacher}", folder / "weights" / f"{given.teacher}.safetensors")
     training = Training(
         epochs=given.epochs,
@@ -76,6 +78,7 @@ def main() -> None:
         losses=Losses(logits=given.logits),
         weights=folder / "weights" / "cifar10_resnet20.safetensors",
         teacher=teacher if given.teacher else None,
+        held_out=None if given.synthetic else given.held_out,
         test=f"npz:{folder / 'cifar10' / 'test.npz'}",
         resume=(given.work / f"{tuned.name}.training" / "checkpoint.safetensors").exists(),
         progress=_printed,
@@ -98,7 +101,7 @@ def main() -> None:
         teacher=given.teacher or "original",
         start=given.start.name if given.start else "compressed",
         epochs_before=sum(run["training"]["epochs"] for run in load_plan(small).settings.get("fine_tunings", [])),
-        inputs=f"{given.synthetic} synthetic" if given.synthetic else "CIFAR-10 train, 45,000",
+        inputs=f"{given.synthetic} synthetic" if given.synthetic else f"CIFAR-10 train, {50_000 - given.held_out:,}",
         macs_kept=round(kept["macs"], 4),
         params_kept=round(kept["params"], 4),
         base_top1=round(found.test[0], 2),

@@ -29,8 +29,8 @@ from rankfold.progress import Progress, silent
 from rankfold.search.curves import Curve, subset
 from rankfold.search.network_objectives import divergences
 from rankfold.search.prices import TEMPERATURE, TRIALS, priced
-from rankfold.search.units import UnitCurve, cost_at, unit_curve
-from rankfold.search.widths import WIDTHS, Width, measure_width, units_of
+from rankfold.search.units import MANY, UnitCurve, cost_at, unit_curve
+from rankfold.search.widths import FINE, WIDTHS, Width, measure_width, units_of
 from rankfold.sharing import shared
 
 SURE = 1.3
@@ -106,7 +106,7 @@ def measure_widths(
 ) -> tuple[tuple[Width, ...], Layers]:
     """The order in which channels of every set go, with errors by width; and the layers with why others stay."""
     specs, sets = {layer.name: layer for layer in layers.found}, channels.found
-    most = {one.name: WIDTHS if len(unit) < 3 else WIDTHS // 2 for unit in units_of(sets, specs) for one in unit}
+    most = {one.name: WIDTHS if len(unit) < MANY else FINE for unit in units_of(sets, specs) for one in unit}
 
     def measured(one: ChannelSet) -> Width | str:
         weights = {port.layer: weight_of(model.get_submodule(port.layer)) for port in one.consumers}

@@ -207,5 +207,7 @@ def test_a_model_writes_a_share_of_what_it_is_calibrated_on(
         assert plan["settings"]["calibration_samples"] == 1000 // 16
         found.append([layer["error"] for layer in plan["layers"]])
     assert found[0] == found[1] != found[2]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"--calibration text:{text} --calibration-samples {1000 // 16} --length 16 --written 0.5" in page
     code, _, err = run(capsys, monkeypatch, *common, "--written", "0.5")
     assert (code, "--written is for --calibration text:FILE, not auto" in err) == (2, True)

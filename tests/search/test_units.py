@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
+import torch
 from blocks import BLOCKS, built  # type: ignore[import-not-found]
 from torch import nn
 
@@ -21,20 +22,24 @@ from rankfold.planning import assign, measure
 from rankfold.progress import silent
 from rankfold.search import Problem, Rene, settle, units
 from rankfold.search import search as known_search
-from rankfold.search.units import UnitCurve, unit_curve
+from rankfold.search.units import UnitCurve, cost_at, unit_curve
 from rankfold.search.widths import units_of, width_grid
 from rankfold.units import hidden_channels, measure_widths
 
 
 def unit_of(name: str, decompositions: list[str]) -> tuple[nn.Module, UnitCurve]:
     model, x = built(name)
+    return model, unit_in(model, x, decompositions)
+
+
+def unit_in(model: nn.Module, x: torch.Tensor, decompositions: list[str]) -> UnitCurve:
     choices, layers = assign(find_layers(model, x), [*decompositions, "interpolative"])
     moments = calibrate(model, layers.found, [x]).moments
     curves = measure(model, layers, choices, units=("macs",), moments=moments)
     sets = hidden_channels(model, x, layers, choices)
     widths, layers = measure_widths(model, layers, sets, moments=moments)
     touched = {name for one in widths for name in (*one.channels.layers, *one.channels.between)}
-    return model, unit_curve(widths, [curve for curve in curves if curve.layer.name in touched], ("macs",))
+    return unit_curve(widths, [curve for curve in curves if curve.layer.name in touched], ("macs",))
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -126,3 +131,36 @@ def test_find_channels_needs_no_names() -> None:
     channels = find_channels(model, x, layers.found, layers.skipped)
     assert not channels.found
     assert "middle: excluded" in channels.kept["reduce"]
+
+
+def test_a_long_row_is_searched_around_what_was_chosen() -> None:
+    """Its widths are far apart at first; in the end no step of one width or form within the budget is better."""
+    torch.manual_seed(0)
+    sizes = [3, 40, 48, 32, 48, 40, 24, 10]
+    layers = [one for a, b in pairwise(sizes) for one in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU())]
+    model, x = nn.Sequential(*layers[:-1]), torch.randn(64, 3, 8, 8)
+    curve = unit_in(model, x, ["svd"])
+    assert len(curve.sets) == len(sizes) - 2
+    most = int(0.4 * curve.costs["macs"][0])
+    problem = Problem((curve,), {"macs": most}, Cost(0, 0, 0), Cost(0, int(curve.costs["macs"][0]), 0))
+    at_first, found = known_search("exact")(problem, silent), settle(problem, known_search("exact"))
+    assert found.objective < at_first.objective
+    assert found.curves is not None
+    (closer,), (chosen,) = found.curves, found.choices
+    assert isinstance(closer, UnitCurve)
+    assert 0.99 * most < closer.costs["macs"][chosen] <= most
+    sizes = [*(len(one.widths) for one in curve.sets), *map(len, curve.members)]
+    for place, size in enumerate(sizes):
+        for step in (-1, 1):
+            row = closer.choices[chosen].copy()
+            row[place] += step
+            if 0 <= row[place] < size:
+                lost = sum(one.errors[k] for one, k in zip(curve.sets, row, strict=False))
+                forms = row[len(curve.sets) :]
+                lost += sum(one.errors[k] for one, k in zip(curve.members, forms, strict=True))
+                shapes = UnitCurve(**{**vars(curve), "choices": row[None]}).shapes(0)
+                cost = sum(
+                    cost_at(one, int(k), shapes[one.layer.name]).macs
+                    for one, k in zip(curve.members, forms, strict=True)
+                )
+                assert cost > most or lost >= found.objective - 1e-12

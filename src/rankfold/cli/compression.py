@@ -186,7 +186,7 @@ def compress(
     from rankfold.budget import Budget
     from rankfold.calibration import Refining
     from rankfold.evaluation import latency
-    from rankfold.files.artifact import digest, save
+    from rankfold.files.artifact import save
     from rankfold.pipeline import compress as run_compression
     from rankfold.reports.page import write_page
     from rankfold.sources.text import is_text
@@ -231,9 +231,7 @@ def compress(
         )
     if not main:
         return
-    origin: dict[str, Any] = {"model": model, "seed": seed, **({"input_shape": list(shape)} if shape else {})}
-    if weights:
-        origin |= {"weights": str(weights.absolute()), "weights_sha256": digest(weights)}
+    origin = {"model": model, "seed": seed, **_origin(weights, shape, calibration, length, written)}
     times = latency((source.model, result.model), example, seconds=TIMED, compiled=compiled)
     timed = {"latency_ms": dict(zip(("original", "compressed"), times, strict=True))}
     if not pictures:
@@ -253,6 +251,23 @@ def compress(
         print_json(told)
     else:
         show(*shown)
+
+
+def _origin(
+    weights: Path | None, shape: tuple[int, ...] | None, calibration: str, length: int, written: float
+) -> dict[str, Any]:
+    """What a saved model says of where its weights and its calibration inputs came from."""
+    from rankfold.files.artifact import digest
+    from rankfold.sources.text import is_text
+
+    told: dict[str, Any] = {"input_shape": list(shape)} if shape else {}
+    if weights:
+        told |= {"weights": str(weights.absolute()), "weights_sha256": digest(weights)}
+    if ":" in calibration:
+        told |= {"calibration": calibration}
+    if is_text(calibration):
+        told |= {"length": length, **({"written": written} if written else {})}
+    return told
 
 
 def _check(

@@ -120,10 +120,17 @@ class Curve:
             return True
         return any(one.full and one.ranks == self.ranks[k] for one in self.fits.get(family, ()))
 
-    def guessed(self, k: int) -> bool:
+    def bounded(self, k: int) -> bool:
         """Whether a candidate's error is a bound from below, scaled by those of others that were fitted."""
         method = self.methods[k]
         return method is not None and not self.settled(k) and DECOMPOSITIONS[method].optimistic
+
+    def guessed(self, k: int) -> bool:
+        """Whether a candidate's error is such a bound, or that of one smaller than all that were fitted."""
+        if self.settled(k):
+            return False
+        fits = self.fits.get(cast(str, self.family(k)), ())
+        return self.bounded(k) or all(one.params > self.costs["params"][k] for one in fits)
 
     def visited(self, places: Sequence[int], *, starts: int = 1) -> Curve:
         """The curve once those at `places` are fitted, from so many `starts`, and the others interpolated anew."""
@@ -150,9 +157,13 @@ class Curve:
         (part,) = parts
         return part
 
+    def closer(self, k: int) -> Curve:
+        """The curve with more candidates around one, where it has only some: of a layer it has all."""
+        return self
+
     def grounded(self) -> Curve:
         """The curve without candidates that are only bounded from below."""
-        return subset(self, np.flatnonzero([not self.guessed(k) for k in range(len(self))]))
+        return subset(self, np.flatnonzero([not self.bounded(k) for k in range(len(self))]))
 
     def known(self) -> Curve:
         """The curve with the candidates alone whose errors are known."""

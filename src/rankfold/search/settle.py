@@ -2,11 +2,12 @@
 
 Where a candidate has to be fitted to know its error (CP), a curve starts with a few fits. Whatever a search chooses is
 fitted next, the curve corrected and the search run again: fits gather around the ranks that matter, and candidates that
-no search comes near are never fitted.
+no search comes near are never fitted. So do the candidates of large units, which have only some of them at first.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,6 +25,8 @@ GUESSES = 12
 """Refinements after which candidates that are only bounded from below, and were not tried so far, are given up."""
 ROUNDS = 24
 """Refinements after which the search has to do with the candidates that are fitted."""
+CLOSER = 8
+"""Times that candidates are added around those that were chosen, at most."""
 
 
 def settle(problem: Problem, search: Search, progress: Progress = silent) -> Selection:
@@ -31,9 +34,10 @@ def settle(problem: Problem, search: Search, progress: Progress = silent) -> Sel
 
     Where the error is limited, every chosen candidate is fitted, and the next cheaper one of its family as well, so
     that a layer is not left dearer than it must be because of an interpolated error. Otherwise interpolated errors are
-    good enough, but optimistic ones are not.
+    good enough, but those of candidates smaller than all that were fitted are not, nor optimistic ones. Units that have
+    only some of their candidates get those around the chosen one, until that is chosen again.
     """
-    strict = ERROR in problem.limited
+    strict, added = ERROR in problem.limited, 0
     for turn in range(ROUNDS):
         selection = search(problem, progress)
         problem = replace(problem, curves=selection.curves or problem.curves)
@@ -43,7 +47,12 @@ def settle(problem: Problem, search: Search, progress: Progress = silent) -> Sel
             wanted = [places if curve.guessed(k) else [] for curve, k, places in pairs]
         left = sum(map(bool, wanted))
         if not left:
-            break
+            nearer = tuple(curve.closer(k) for curve, k in zip(problem.curves, selection.choices, strict=True))
+            if added == CLOSER or all(map(operator.is_, nearer, problem.curves)):
+                break
+            added += 1
+            problem = replace(problem, curves=nearer)
+            continue
         progress("fitting candidates", 0, left, f"refinement {turn + 1}")
         problem = visited(problem, wanted, progress)
         if turn + 1 == GUESSES:
@@ -67,7 +76,7 @@ def known(problem: Problem) -> Problem:
 def _hopeful(curve: Curve, chosen: int, cost: FloatArray, slack: float) -> list[int]:
     """The cheapest candidate that may still take the place of `chosen`: its bound from below says that it can."""
     cheaper = (cost < cost[chosen]) & (curve.closed <= curve.errors[chosen] + slack)
-    able = [k for k in np.flatnonzero(cheaper) if curve.guessed(int(k))]
+    able = [k for k in np.flatnonzero(cheaper) if curve.bounded(int(k))]
     return [int(min(able, key=lambda k: cost[k]))] if able else []
 
 

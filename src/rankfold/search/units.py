@@ -6,7 +6,8 @@ the output of the layer that it is made at: of the layers' factors, and of what 
 set. Where prices are known the parts count by them. Its cost is exact: a layer's is that of its narrowed form, so it
 depends on the width before it and the one behind. All candidates of a unit are found set by set (non-serial dynamic
 programming: Bertelè and Brioschi 1972), with those left out that another one matches in the error and every cost;
-where many are left, evenly spaced ones of them.
+where many are left, evenly spaced ones of them. In a row of many sets those are far apart: then, once a search has
+chosen one, what lies around it is found the same way, from every width and form near its own, and the search goes on.
 """
 
 from __future__ import annotations
@@ -31,20 +32,28 @@ FORMS = 24
 FRONT = 48
 """Candidates kept for each width of the sets at hand, while a unit's are found."""
 CANDIDATES = 256
-"""Candidates of a unit."""
+"""Candidates of a unit, and of those around one that was chosen."""
+MANY = 3
+"""Sets of a unit from which on only some of their widths are taken at first."""
+WIDTHS = 12
+"""Widths of every set that such a unit takes at first."""
+NEAR = 3
+"""Places before and behind its own, of every width and form, that make up what lies around a candidate."""
 
 
 @dataclass(frozen=True)
 class UnitCurve(Curve):
     """The candidates of a unit: `choices[k]` has a place in `sets` for each width, then one for each layer's form.
 
-    A form is 0 for the dense layer, otherwise the place in the layer's own curve in `members`.
+    A form is 0 for the dense layer, otherwise the place in the layer's own curve in `members`. What lies around
+    `centres`, rows of `choices`, is among the candidates.
     """
 
     sets: tuple[Width, ...] = ()
     members: tuple[Curve, ...] = ()
     choices: IntArray = field(default_factory=lambda: np.empty((0, 0), dtype=np.int64))
     units: tuple[str, ...] = UNITS
+    centres: tuple[tuple[int, ...], ...] = ()
 
     def family(self, k: int) -> str | None:
         """None: a unit is not fitted, its members are."""
@@ -55,7 +64,7 @@ class UnitCurve(Curve):
         return not self.guessed(k)
 
     def guessed(self, k: int) -> bool:
-        """Whether a member's error is only bounded from below."""
+        """Whether a member's error is."""
         return any(one.guessed(form) for one, form in zip(self.members, self.forms(k), strict=True))
 
     @property
@@ -64,8 +73,15 @@ class UnitCurve(Curve):
         return self.members
 
     def of_parts(self, parts: Sequence[Curve]) -> UnitCurve:
-        """The same sets between other curves of the members."""
-        return unit_curve(self.sets, parts, self.units)
+        """The same sets between other curves of the members, whose candidates are in the same places."""
+        return unit_curve(self.sets, parts, self.units, self.centres)
+
+    def closer(self, k: int) -> Curve:
+        """The unit with what lies around a candidate, or itself where it has all that, or few sets."""
+        centre = tuple(map(int, self.choices[k]))
+        if len(self.sets) < MANY or centre in self.centres:
+            return self
+        return unit_curve(self.sets, self.members, self.units, (*self.centres, centre))
 
     def visited(self, places: Sequence[int], *, starts: int = 1) -> Curve:
         """The unit once what is guessed of the candidates at `places` is fitted."""
@@ -80,7 +96,7 @@ class UnitCurve(Curve):
 
     def grounded(self) -> Curve:
         """The unit without members' candidates that are only bounded from below."""
-        return self.of_parts([one.grounded() for one in self.members])
+        return unit_curve(self.sets, [one.grounded() for one in self.members], self.units)
 
     def known(self) -> Curve:
         """As `grounded`: no more than that is asked of a unit."""
@@ -111,8 +127,37 @@ class UnitCurve(Curve):
         return [int(place) for place in self.choices[k][len(self.sets) :]]
 
 
-def unit_curve(sets: Sequence[Width], members: Sequence[Curve], units: Sequence[str]) -> UnitCurve:
-    """All candidates of a unit that can be part of an optimal plan, as one curve."""
+def unit_curve(
+    sets: Sequence[Width], members: Sequence[Curve], units: Sequence[str], centres: Sequence[Sequence[int]] = ()
+) -> UnitCurve:
+    """The candidates of a unit that can be part of an optimal plan, and what lies around some of them, as one curve."""
+    coarse = len(sets) >= MANY
+    most = [*(WIDTHS if coarse else len(one.widths) for one in sets), *(FORMS for _ in members)]
+    sizes = [*(len(one.widths) for one in sets), *map(len, members)]
+    fronts = [
+        _front(sets, members, units, [_spread(size, some) for size, some in zip(sizes, most, strict=True)]),
+        *(_front(sets, members, units, list(map(_around, sizes, one))) for one in centres),
+    ]
+    whole = _Front.joined(fronts)
+    return replace(
+        _as_curve(whole.thinned(units, len(whole.errors)), sets, members, units), centres=tuple(map(tuple, centres))
+    )
+
+
+def _spread(size: int, most: int) -> list[int]:
+    """Evenly spaced places of so many, the first and the last among them."""
+    return [int(one) for one in np.unique(np.linspace(0, size - 1, min(most, size)).round())]
+
+
+def _around(size: int, centre: int) -> list[int]:
+    """The first of so many places, which is the whole, and those near a centre."""
+    return sorted({0, *range(max(centre - NEAR, 0), min(centre + NEAR + 1, size))})
+
+
+def _front(
+    sets: Sequence[Width], members: Sequence[Curve], units: Sequence[str], allowed: Sequence[Sequence[int]]
+) -> _Front:
+    """All candidates with widths and forms at the allowed places that can be part of an optimal plan."""
     places = {one.channels.name: k for k, one in enumerate(sets)}
     table: dict[tuple[int, ...], _Front] = {(): _Front.empty(len(sets) + len(members))}
     opened: list[int] = []
@@ -126,13 +171,15 @@ def unit_curve(sets: Sequence[Width], members: Sequence[Curve], units: Sequence[
                 table = {
                     (*state, width): front.with_set(sets[place], place, width, float(lost[width]))
                     for state, front in table.items()
-                    for width in range(len(sets[place].widths))
+                    for width in allowed[place]
                 }
         grown = {}
         for state, front in table.items():
             shares = [_share(side, places, opened, state, sets) for side in sides]
             shape = curve.layer.shape.narrowed(*shares)
-            grown[state] = front.with_layer(curve, losses, shape, len(sets) + number, units)
+            grown[state] = front.with_layer(
+                curve, losses, shape, len(sets) + number, units, allowed[len(sets) + number]
+            )
         table = grown
         for place in [one for one in opened if not _touches(sets[one], members[number + 1 :])]:
             at = opened.index(place)
@@ -141,8 +188,7 @@ def unit_curve(sets: Sequence[Width], members: Sequence[Curve], units: Sequence[
             for state, front in table.items():
                 merged.setdefault(state[:at] + state[at + 1 :], []).append(front)
             table = {state: _Front.joined(fronts).thinned(units, FRONT) for state, fronts in merged.items()}
-    front = table[()].thinned(units, CANDIDATES)
-    return _as_curve(front, sets, members, units)
+    return table[()].thinned(units, CANDIDATES)
 
 
 @dataclass(frozen=True)
@@ -177,19 +223,24 @@ class _Front:
         return _Front(self.errors + loss, costs, choices)
 
     def with_layer(
-        self, curve: Curve, losses: FloatArray, shape: LayerShape, place: int, units: Sequence[str]
+        self,
+        curve: Curve,
+        losses: FloatArray,
+        shape: LayerShape,
+        place: int,
+        units: Sequence[str],
+        forms: Sequence[int],
     ) -> _Front:
-        """The candidates with every form of a layer, at the size that it has between the chosen widths."""
-        forms = np.unique(np.linspace(0, len(curve) - 1, min(FORMS, len(curve))).round().astype(np.int64))
+        """The candidates with every one of some forms of a layer, at the size that it has between the chosen widths."""
         own: dict[str, list[int]] = {unit: [] for unit in RESOURCES}
         errors, kept = [], []
         dense = curve.layer.cost(shape)
         for form in forms:
-            cost = dense if form == 0 else cost_at(curve, int(form), shape)
+            cost = dense if form == 0 else cost_at(curve, form, shape)
             if form and not _smaller(cost, dense, units):
                 continue
             errors.append(losses[form])
-            kept.append(int(form))
+            kept.append(form)
             for unit in RESOURCES:
                 own[unit].append(getattr(cost, unit))
         summed = (self.errors[:, None] + np.array(errors)).ravel()

@@ -14,7 +14,9 @@ from rankfold.plan import ChannelSet, LayerSpec
 from rankfold.search.curves import Price
 
 WIDTHS = 24
-"""Widths of a channel set that are candidates, at most; fewer where a unit has many sets."""
+"""Widths of a channel set that are candidates, at most."""
+FINE = 48
+"""The same where a unit has many sets, which takes only some of them at first."""
 SEEN = 1.5
 """Inputs that a layer must have seen for each channel that it reads, for their moment to be relied on."""
 LARGEST_IDENTITY = 4608

@@ -293,7 +293,9 @@ def _command(plan: Plan) -> str:
     if settings.get("calibration", "none").startswith("synthetic"):
         words += ["--calibration", "synthetic", "--calibration-samples", str(settings["calibration_samples"])]
     elif settings.get("calibration") == "given inputs":
-        words += ["--calibration", "DATA", "--calibration-samples", str(settings["calibration_samples"])]
+        words += ["--calibration", source.get("calibration", "DATA")]
+        words += ["--calibration-samples", str(settings["calibration_samples"])]
+        words += [word for name in ("length", "written") if name in source for word in (f"--{name}", str(source[name]))]
     else:
         words += ["--calibration", "none"]
     if settings.get("refine_epochs"):
