@@ -117,7 +117,7 @@ def _imagenet(folder: Path, name: str, options: dict[str, Any]) -> Made:
     return model, batches[0][:1], {**options, "calibration": batches}, lambda one: accuracy(one, scored).top1
 
 
-def run(case: str, folder: Path, device: str) -> dict[str, Any]:
+def run(case: str, folder: Path, device: str, memory: str | None) -> dict[str, Any]:
     """One case in this process."""
     import rankfold
 
@@ -134,7 +134,7 @@ def run(case: str, folder: Path, device: str) -> dict[str, Any]:
             stages[last] = round(stages.get(last, 0.0) + now - since, 1)
             last, since = what, now
 
-    result = rankfold.compress(model, example, budget=budget, progress=report, **options)
+    result = rankfold.compress(model, example, budget=budget, memory=memory, progress=report, **options)
     report("", 0, 1)
     if distributed.is_initialized() and distributed.get_rank():
         return {}
@@ -148,13 +148,17 @@ def run(case: str, folder: Path, device: str) -> dict[str, Any]:
         "score": None if score is None else round(score(result.model), 2),
         "stages": stages,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "memory": memory,
     }
 
 
-def measured(case: str, folder: Path, source: Path, limit: int, device: str, processes: int) -> dict[str, Any]:
+def measured(
+    case: str, folder: Path, source: Path, *, limit: int, device: str, processes: int, memory: str | None
+) -> dict[str, Any]:
     """One case in a process of its own, with the package of a checkout."""
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     command = [sys.executable, *several, __file__, "--data", str(folder), "--run", case, "--device", device]
+    command += ["--memory", memory] if memory else []
     places = os.pathsep.join([str(source / "src"), str(Path(__file__).parent)])
     try:
         done = subprocess.run(
@@ -178,6 +182,7 @@ def main() -> None:
     arguments.add_argument("--before", type=Path, help="another checkout, to be measured in turn with this one")
     arguments.add_argument("--limit", type=int, default=1800, help="seconds after which a case is given up")
     arguments.add_argument("--device", default="cpu")
+    arguments.add_argument("--memory", help="limit to what is taken besides networks and inputs, such as 2GB")
     arguments.add_argument("--run", choices=list(CASES), help="run one case here and print its record")
     arguments.add_argument("--processes", type=int, default=1, help="share the work among so many, of a thread each")
     given = arguments.parse_args()
@@ -185,13 +190,14 @@ def main() -> None:
     if given.run:
         if "WORLD_SIZE" in os.environ:
             distributed.init_process_group("gloo")
-        print(json.dumps(run(given.run, folder, given.device)))
+        print(json.dumps(run(given.run, folder, given.device, given.memory)))
         return
     for case in given.only or CASES:
-        how = (given.limit, given.device, given.processes)
-        own = measured(case, folder, Path(__file__).resolve().parents[1], *how)
-        before = measured(case, folder, given.before, *how) if given.before else None
+        how = {name: getattr(given, name) for name in ("limit", "device", "processes", "memory")}
+        own = measured(case, folder, Path(__file__).resolve().parents[1], **how)
+        before = measured(case, folder, given.before, **how) if given.before else None
         name = case if given.device == "cpu" else f"{case}, {given.device}"
+        name = f"{name}, within {given.memory}" if given.memory else name
         name = name if given.processes == 1 else f"{name}, {given.processes} processes"
         keep([record(case=name, what=(CASES[case].__doc__ or "").rstrip("."), **own, before=before)])
 

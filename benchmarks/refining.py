@@ -2,7 +2,7 @@
 
 ImageNet networks are calibrated and refined on 500 validation images, an eighth of which is held back to judge by, and
 scored on 1,500 others; ResNet-20 on 512 training images and the CIFAR-10 test images. `--only CASE` runs some cases, a
-case being MODEL:DECOMPOSITIONS:BUDGET:EPOCHS; 0 epochs are without.
+case being MODEL:DECOMPOSITIONS:BUDGET:EPOCHS, 0 epochs without, or with :COPIES of every image, shifted and mirrored.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ def main() -> None:
         base, measured = accuracy(model, scored), None
         for case in cases:
             measured = measured or studied(case, model, batches, batches, silent)
-            budget, epochs = case.split(":")[2:]
-            recovery = replace(measured.recovery, refining=Refining(int(epochs)))
+            budget, epochs, *copies = case.split(":")[2:]
+            refining = Refining(int(epochs), copies=int(*copies))
+            recovery = replace(measured.recovery, refining=refining)
             result = replace(measured, recovery=recovery).compress(Budget(macs=float(budget)))
             refined = result.plan.settings.get("refined_blocks", {})
             entry = image_record(
@@ -53,7 +54,8 @@ def main() -> None:
                 result,
                 base,
                 scored,
-                epochs=int(epochs),
+                epochs=refining.epochs,
+                copies=refining.copies,
                 blocks=len(refined),
                 blocks_improved=sum(after < before for before, after in refined.values()),
                 study_seconds=round(measured.seconds, 1),

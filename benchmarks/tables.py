@@ -222,6 +222,7 @@ REFINING = {
     "method": "decomposition",
     "macs_kept": "MACs kept",
     "epochs": "epochs by blocks",
+    "copies": "copies of each image",
     "top1": "top-1 %",
     "lost": "points lost",
     "blocks_improved": "blocks improved",
@@ -390,6 +391,7 @@ ACCURACY = {
     "macs_kept": "MACs kept",
     "params_kept": "parameters kept",
     "epochs": "epochs by blocks",
+    "copies": "copies of each image",
     "base_top1": "top-1 %",
     "top1": "compressed",
     "lost": "points lost",
@@ -437,7 +439,7 @@ def best(model: str) -> list[dict[str, Any]]:
         if one.get("model") == model and "top1" in one and one.get("calibration", "given inputs") == "given inputs":
             budget = round(one["macs_kept"], 2)
             if budget not in found or one["top1"] > found[budget]["top1"]:
-                found[budget] = {"epochs": 0, **one, "network": NETWORKS[model]}
+                found[budget] = {"epochs": 0, "copies": 0, **one, "network": NETWORKS[model]}
     return [found[budget] for budget in sorted(found)]
 
 
@@ -631,6 +633,7 @@ def _fill_training() -> None:
         fill(ROOT / "docs" / "units.md", "units", f"\n{units(records)}\n\n{source(records)}")
     for marker, columns in (("refining", REFINING), ("calibrated_speed", SPEED)):
         if records := gathered(marker):
+            records = [{"copies": 0, **one} for one in records]
             rows = sorted(records, key=lambda one: (one.get("model", ""), -one.get("budget", 0), one.get("epochs", 0)))
             fill(ROOT / "docs" / "calibration.md", marker, f"\n{rows_of(rows, columns)}\n\n{source(records)}")
     if records := gathered("language"):

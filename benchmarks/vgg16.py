@@ -8,6 +8,7 @@ images are read at the end. `--work` keeps the trained network, so that a second
 from __future__ import annotations
 
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rankfold import Budget, compress
+from rankfold import Budget, Result, compress
 from rankfold.evaluation import accuracy
-from rankfold.sources.data import Normalisation, open_dataset
+from rankfold.sources.data import Dataset, Normalisation, open_dataset
 from rankfold.training import Losses, Training, fine_tune
 from rankfold.training.augment import cifar
 
@@ -45,7 +46,7 @@ def vgg16() -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels, 10))
 
 
-def trained(data: Any, epochs: int, device: str, rate: float = 0.1) -> nn.Module:
+def trained(data: Dataset, epochs: int, device: str, rate: float = 0.1) -> nn.Module:
     """The network after so many epochs on the images, padded, cropped and mirrored; SGD under a triangular rate."""
     torch.manual_seed(0)
     model: Any = vgg16().to(device)
@@ -87,8 +88,9 @@ def main() -> None:
     arguments.add_argument("--only", choices=BUDGETS, action="append")
     arguments.add_argument("--decomposition", default="tucker,interpolative")
     arguments.add_argument("--train", type=int, default=60, help="epochs of the original, where it is not in --work")
-    arguments.add_argument("--epochs", type=int, default=60, help="epochs of fine-tuning")
+    arguments.add_argument("--epochs", type=int, default=60, help="epochs of fine-tuning, 0 for none")
     arguments.add_argument("--rate", type=float, default=0.05)
+    arguments.add_argument("--ema", type=float, default=0.999)
     arguments.add_argument("--batch-size", type=int, default=512)
     arguments.add_argument("--device", default="cpu")
     given = arguments.parse_args()
@@ -118,39 +120,39 @@ def main() -> None:
             calibration=images,
             progress=_printed,
         )
-        before = accuracy(found.model, tested).top1
-        print("compressed", case, base, before, found.seconds, time.perf_counter() - start, flush=True)
-        training = Training(
-            epochs=given.epochs,
-            batch_size=given.batch_size,
-            rate=given.rate,
-            ema=0.999,
-            augment="cifar",
-            damping=0.0,
-        )
-        tuned = fine_tune(
-            found.model, data, teacher=model, plan=found.plan, training=training, losses=Losses(), progress=_printed
-        )
         kept = found.plan.after.kept(found.plan.before)
         one = record(
-            case=f"{case}:{given.decomposition}:{given.epochs}:{given.rate}",
+            case=f"{case}:{given.decomposition}:{given.epochs}",
             budget=case,
             decomposition=given.decomposition,
-            epochs=given.epochs,
-            rate=given.rate,
-            batch_size=given.batch_size,
             macs_kept=round(kept["macs"], 4),
             params_kept=round(kept["params"], 4),
             base_top1=round(base, 2),
-            compressed_top1=round(before, 2),
-            top1=round(accuracy(tuned.model, tested).top1, 2),
+            compressed_top1=round(accuracy(found.model, tested).top1, 2),
             seconds=round(found.seconds, 1),
-            seconds_per_epoch=round(sum(epoch.seconds for epoch in tuned.epochs) / len(tuned.epochs), 1),
             device=torch.cuda.get_device_name() if given.device == "cuda" else "cpu",
-            precision=tuned.precision,
             examples=len(tested),
         )
-        keep([one])
+        keep([one | (_tuned(found, model, data, tested, given) if given.epochs else {"epochs": 0})])
+
+
+def _tuned(found: Result, model: nn.Module, data: Dataset, tested: Dataset, given: Namespace) -> dict[str, Any]:
+    """What is recorded of a compressed network once it is fine-tuned, taught by its original."""
+    training = Training(
+        epochs=given.epochs, batch_size=given.batch_size, rate=given.rate, ema=given.ema, augment="cifar", damping=0.0
+    )
+    tuned = fine_tune(
+        found.model, data, teacher=model, plan=found.plan, training=training, losses=Losses(), progress=_printed
+    )
+    return {
+        "epochs": training.epochs,
+        "rate": training.rate,
+        "ema": training.ema,
+        "batch_size": training.batch_size,
+        "top1": round(accuracy(tuned.model, tested).top1, 2),
+        "seconds_per_epoch": round(sum(epoch.seconds for epoch in tuned.epochs) / len(tuned.epochs), 1),
+        "precision": tuned.precision,
+    }
 
 
 def _printed(what: str, done: int, total: int, note: str = "", /) -> None:

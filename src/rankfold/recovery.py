@@ -17,6 +17,7 @@ from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
 from rankfold.sharing import place
 from rankfold.training import Losses, Training, Unlabelled, fine_tune
+from rankfold.training.augment import with_copies
 from rankfold.training.settings import distilling
 from rankfold.units import better
 
@@ -79,7 +80,8 @@ class Recovery:
         """The plan after blocks were refined in place, where that is asked for, with what became of them."""
         if not self.refining.epochs:
             return plan
-        found = refine_(student, model, plan, known.inputs, known.held, refining=self.refining, progress=progress)
+        inputs = with_copies(known.inputs, self.refining.copies)
+        found = refine_(student, model, plan, inputs, known.held, refining=self.refining, progress=progress)
         blocks = {one.name: [one.before, one.after] for one in found}
         told = {**plan.settings, **self.refining.as_dict(), "refined_blocks": blocks}
         return replace(_measured_again(student, model, plan, known), settings=told)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from rankfold import ArtifactError, Budget, BudgetError, ModelError, UnknownNameError, compress
+from rankfold import ArtifactError, Budget, BudgetError, DataError, ModelError, UnknownNameError, compress
 from rankfold.calibration import Refining, refining
 from rankfold.calibration.refining import refine_
 from rankfold.files.artifact import load, save
 from rankfold.network.copies import duplicate
+from rankfold.training.augment import with_copies
 
 
 class Block(nn.Module):
@@ -166,3 +167,30 @@ def test_a_run_that_was_killed_goes_on_from_its_last_block(tmp_path: Path, monke
     next((tmp_path / "work").glob("block-*")).write_bytes(b"cut off")
     with pytest.raises(ArtifactError, match="cannot be read"):
         compressed(model, Refining(3, checkpoint=tmp_path / "work"))
+
+
+def test_copies_of_images_are_refined_on_as_well() -> None:
+    """Moved and mirrored, after the images themselves; a plan tells how many."""
+    images = [torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
+    more = with_copies(images, 2)
+    assert len(more) == 18
+    assert all(torch.equal(one, other) for one, other in zip(more, images, strict=False))
+    assert not any(torch.equal(one, other) for one, other in zip(more[6:], images * 2, strict=True))
+    assert all(one.amin() >= torch.stack(images).amin() for one in more)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 24, 3), nn.ReLU(), nn.Flatten(), nn.Linear(384, 9)
+    )
+    plain, moved = (
+        compress(
+            model, images[0][:1], decomposition="svd", budget=Budget(params=0.5), calibration=images, refine=refining
+        )
+        for refining in (2, Refining(2, copies=2))
+    )
+    assert moved.plan.settings["refine_copies"] == 2
+    assert "refine_copies" not in plain.plan.settings
+    assert not torch.equal(moved.model(images[0]), plain.model(images[0]))
+    with pytest.raises(DataError, match="copies are of images"):
+        compressed(made(), Refining(1, copies=1))
+    with pytest.raises(BudgetError, match="of copies, 0 for none"):
+        Refining(1, copies=-1)

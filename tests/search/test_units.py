@@ -164,3 +164,25 @@ def test_a_long_row_is_searched_around_what_was_chosen() -> None:
                     for one, k in zip(curve.members, forms, strict=True)
                 )
                 assert cost > most or lost >= found.objective - 1e-12
+
+
+def test_what_is_smaller_than_all_that_was_fitted_is_fitted_first() -> None:
+    """In the metric of few inputs the closed form says little of low ranks, and ratios found above them no more."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(48, 48, 3, padding=1)), torch.randn(2, 4, 4).expand(48, 2, 4, 4).transpose(0, 1)
+    x = x + 0.1 * torch.randn(2, 48, 4, 4)
+    choices, layers = assign(find_layers(model, x), "tucker")
+    moments = calibrate(model, layers.found, [x]).moments
+    (curve,) = measure(model, layers, choices, units=("macs",), moments=moments)
+    fitted = [one.params for fits in curve.fits.values() for one in fits]
+    small = [k for k in range(1, len(curve)) if curve.costs["params"][k] < min(fitted)]
+    assert small
+    assert all(curve.guessed(k) for k in small)
+    most = int(curve.costs["macs"][small[0]])
+    problem = Problem((curve,), {"macs": most}, Cost(0, 0, 0), Cost(0, int(curve.costs["macs"][0]), 0))
+    selection = settle(problem, known_search("exact"))
+    assert selection.curves is not None
+    (found,), (chosen,) = selection.curves, selection.choices
+    assert found.costs["macs"][chosen] <= most
+    assert not found.guessed(chosen)
+    assert found.fits != curve.fits

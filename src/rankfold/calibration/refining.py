@@ -52,20 +52,22 @@ class Refining:
     `blocks` are patterns of the names of modules that are refined; without any they are found. A block is to give what
     the original's gives on the original's own inputs, but for the share `mixed`, in which it is to give what the
     original's gives on the inputs that it has itself. With `checkpoint`, a folder, every block is kept there once it is
-    done, and the same run goes on from the last one.
+    done, and the same run goes on from the last one. Besides the inputs it goes over so many `copies` of each, which
+    are images, shifted by a few pixels and mirrored.
     """
 
     epochs: int
     blocks: tuple[str, ...] = ()
     mixed: float = 0.0
     batch_size: int = BATCH
+    copies: int = 0
     checkpoint: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.epochs < 0 or self.batch_size < 1:
+        if min(self.epochs, self.copies) < 0 or self.batch_size < 1:
             raise BudgetError(
-                f"refining takes a number of epochs, 0 for none, and of inputs in a step, at least 1, not "
-                f"{self.epochs} and {self.batch_size}"
+                f"refining takes a number of epochs and of copies, 0 for none, and of inputs in a step, at least 1, "
+                f"not {self.epochs}, {self.copies} and {self.batch_size}"
             )
         if self.checkpoint is not None and self.checkpoint.is_file():
             raise ArtifactError(f"{self.checkpoint} is a file; a checkpoint of refining is a folder")
@@ -74,7 +76,7 @@ class Refining:
 
     def as_dict(self) -> dict[str, Any]:
         """What a plan says of it: the epochs, and what else is not as usual."""
-        told = {"blocks": list(self.blocks), "mixed": self.mixed, "batch_size": self.batch_size}
+        told = {name: getattr(self, name) for name in ("mixed", "batch_size", "copies")} | {"blocks": list(self.blocks)}
         changed = [name for name in told if getattr(self, name) != getattr(Refining, name)]
         return {"refine_epochs": self.epochs, **{f"refine_{name}": told[name] for name in changed}}
 

@@ -128,6 +128,9 @@ def compress(
     refine_blocks: Annotated[
         list[str] | None, typer.Option(help="Glob of the blocks to refine (repeatable); default: found on the network.")
     ] = None,
+    refine_copies: Annotated[
+        int, typer.Option(min=0, help="Copies of every calibration image, shifted and mirrored, to refine on as well.")
+    ] = 0,
     refine_checkpoint: Annotated[
         Path | None, typer.Option(help="Folder that refined blocks are kept in, to go on from when started again.")
     ] = None,
@@ -199,7 +202,7 @@ def compress(
         finetune=finetune,
         compiled=compiled,
         refined=bool(refine),
-        more=bool(refine_blocks or refine_checkpoint),
+        more=bool(refine_blocks or refine_checkpoint or refine_copies),
     )
     source, example, shape = open_model(model, weights, input_shape, seed)
     example = as_timed_(source.model, example, device=device, batch=batch, channels_last=channels_last, threads=threads)
@@ -221,6 +224,7 @@ def compress(
                 refine,
                 tuple(refine_blocks or ()),
                 batch_size=BLOCKS_IN_BATCH if is_text(calibration) else Refining.batch_size,
+                copies=refine_copies,
                 checkpoint=refine_checkpoint,
             ),
             distil=distil,

@@ -6,14 +6,15 @@ Each is a function of a batch (n, c, h, w), the value of black per channel, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from rankfold.errors import UnknownNameError
+from rankfold.errors import DataError, UnknownNameError
+from rankfold.network.passes import Inputs
 
 Augmentation = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 
@@ -70,6 +71,19 @@ def augmentation(name: str) -> Augmentation:
     if name not in AUGMENTATIONS:
         raise UnknownNameError("augmentation", name, AUGMENTATIONS)
     return AUGMENTATIONS[name]
+
+
+def with_copies(batches: Iterable[Inputs], copies: int, seed: int = 0) -> list[Inputs]:
+    """Batches of images, then so many copies of each, as `cifar` moves them; raises DataError for other inputs."""
+    kept = list(batches)
+    if not copies:
+        return kept
+    images = [one for one in kept if isinstance(one, Tensor) and one.ndim == 4 and one.is_floating_point()]
+    if len(images) < len(kept):
+        raise DataError("copies are of images, and the calibration inputs are none; leave the copies out")
+    black = torch.stack([one.amin((0, 2, 3)) for one in images]).amin(0)
+    generator = torch.Generator().manual_seed(seed)
+    return [*kept, *(cifar(one, black, generator) for _ in range(copies) for one in images)]
 
 
 def _coin(count: int, generator: torch.Generator) -> Tensor:

@@ -301,6 +301,7 @@ def _command(plan: Plan) -> str:
     if settings.get("refine_epochs"):
         words += ["--refine", str(settings["refine_epochs"])]
         words += [word for pattern in settings.get("refine_blocks", ()) for word in ("--refine-blocks", pattern)]
+        words += ["--refine-copies", str(settings["refine_copies"])] if "refine_copies" in settings else []
     words += ["--distil", str(settings["distilled"]["epochs"])] if "distilled" in settings else []
     return shlex.join([*words, "--out", "DIR"])
 
@@ -317,7 +318,7 @@ def _code(plan: Plan) -> str:
     data = "batches" if given == "given inputs" else repr("synthetic" if given.startswith("synthetic") else "none")
     more = "".join(
         f", {name}={tuple(value) if isinstance(value, list) else value!r}"
-        for name in ("blocks", "mixed", "batch_size")
+        for name in ("blocks", "mixed", "batch_size", "copies")
         if (value := settings.get(f"refine_{name}"))
     )
     epochs = settings.get("refine_epochs")
