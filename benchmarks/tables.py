@@ -406,6 +406,17 @@ DEFAULT = {
     "time_kept_16": "sixteen",
 }
 """The columns of every decomposition on a network."""
+VGG = {
+    "decomposition": "",
+    "macs_kept": "MACs kept",
+    "params_kept": "parameters kept",
+    "base_top1": "top-1 %",
+    "compressed_top1": "compressed",
+    "epochs": "epochs of training",
+    "top1": "fine-tuned",
+    "seconds": "seconds to compress",
+}
+"""The columns of VGG-16 at the paper's sizes."""
 QUANTISATION = {
     "model": "network",
     "method": "",
@@ -502,6 +513,8 @@ def _fill_guides() -> None:
     fill(docs / "accuracy.md", "accuracy", f"\n{rows_of(records, ACCURACY)}\n\n{source(records)}")
     ours = trained()
     fill(docs / "accuracy.md", "paper", f"\n{rows_of(ours, PAPER)}\n\n{source(ours)}")
+    if records := gathered("vgg16"):
+        fill(docs / "accuracy.md", "vgg16", f"\n{rows_of(records, VGG)}\n\n{source(records)}")
     fill(docs / "accuracy.md", "side_by_side", f"\n{side_by_side()}\n")
     if records := gathered("default"):
         parts = []
