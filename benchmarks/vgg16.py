@@ -131,6 +131,7 @@ def main() -> None:
             compressed_top1=round(accuracy(found.model, tested).top1, 2),
             seconds=round(found.seconds, 1),
             device=torch.cuda.get_device_name() if given.device == "cuda" else "cpu",
+            data="CIFAR-10 test",
             examples=len(tested),
         )
         keep([one | (_tuned(found, model, data, tested, given) if given.epochs else {"epochs": 0})])
