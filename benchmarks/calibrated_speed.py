@@ -157,7 +157,7 @@ def measured(
 ) -> dict[str, Any]:
     """One case in a process of its own, with the package of a checkout."""
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *several, __file__, "--data", str(folder), "--run", case, "--device", device]
+    command = [sys.executable, *several, __file__, "--data", str(folder), "--here", case, "--device", device]
     command += ["--memory", memory] if memory else []
     places = os.pathsep.join([str(source / "src"), str(Path(__file__).parent)])
     try:
@@ -183,14 +183,14 @@ def main() -> None:
     arguments.add_argument("--limit", type=int, default=1800, help="seconds after which a case is given up")
     arguments.add_argument("--device", default="cpu")
     arguments.add_argument("--memory", help="limit to what is taken besides networks and inputs, such as 2GB")
-    arguments.add_argument("--run", choices=list(CASES), help="run one case here and print its record")
+    arguments.add_argument("--here", choices=list(CASES), help="run one case in this process and print its record")
     arguments.add_argument("--processes", type=int, default=1, help="share the work among so many, of a thread each")
     given = arguments.parse_args()
     folder = require_data(given)
-    if given.run:
+    if given.here:
         if "WORLD_SIZE" in os.environ:
             distributed.init_process_group("gloo")
-        print(json.dumps(run(given.run, folder, given.device, given.memory)))
+        print(json.dumps(run(given.here, folder, given.device, given.memory)))
         return
     for case in given.only or CASES:
         how = {name: getattr(given, name) for name in ("limit", "device", "processes", "memory")}
