@@ -255,7 +255,7 @@ class _Front:
         """The candidates that no other one matches; of more than `most`, evenly spaced ones, by their costs."""
         kept = pareto(self.errors, [self.costs[unit] for unit in units])
         if len(kept) > most:
-            kept = kept[np.unique(np.linspace(0, len(kept) - 1, most).round().astype(np.int64))]
+            kept = kept[_spread(len(kept), most)]
         return _Front(self.errors[kept], {unit: cost[kept] for unit, cost in self.costs.items()}, self.choices[kept])
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -73,16 +74,25 @@ def augmentation(name: str) -> Augmentation:
     return AUGMENTATIONS[name]
 
 
+def is_images(batch: Inputs) -> TypeGuard[Tensor]:
+    """Whether inputs are a batch of images in one tensor."""
+    return isinstance(batch, Tensor) and batch.ndim == 4 and batch.is_floating_point()
+
+
+def darkest(images: Iterable[Float[Tensor, "n c h w"]]) -> Float[Tensor, " c"]:
+    """The smallest value of every channel in batches of images, which is taken for black."""
+    return torch.stack([one.amin((0, 2, 3)) for one in images]).amin(0)
+
+
 def with_copies(batches: Iterable[Inputs], copies: int, seed: int = 0) -> list[Inputs]:
     """Batches of images, then so many copies of each, as `cifar` moves them; raises DataError for other inputs."""
     kept = list(batches)
     if not copies:
         return kept
-    images = [one for one in kept if isinstance(one, Tensor) and one.ndim == 4 and one.is_floating_point()]
+    images = [one for one in kept if is_images(one)]
     if len(images) < len(kept):
         raise DataError("copies are of images, and the calibration inputs are none; leave the copies out")
-    black = torch.stack([one.amin((0, 2, 3)) for one in images]).amin(0)
-    generator = torch.Generator().manual_seed(seed)
+    black, generator = darkest(images), torch.Generator().manual_seed(seed)
     return [*kept, *(cifar(one, black, generator) for _ in range(copies) for one in images)]
 
 

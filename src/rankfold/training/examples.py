@@ -16,6 +16,7 @@ from rankfold.network.passes import split as in_parts
 from rankfold.progress import Progress, silent
 from rankfold.sources.data import Dataset
 from rankfold.sources.text import TextData
+from rankfold.training.augment import darkest
 from rankfold.training.distillation import apart
 
 
@@ -52,7 +53,7 @@ class Unlabelled:
         """The smallest value of every channel, where the examples are images."""
         if len(self.input_shape) != 3:
             return torch.zeros(1)
-        return torch.stack([part.amin((0, 2, 3)) for part in self.parts]).amin(0)
+        return darkest(cast("tuple[Tensor, ...]", self.parts))
 
     def take(self, places: Sequence[int]) -> Unlabelled:
         """The parts at these places."""

@@ -7,11 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from rankfold.errors import TrainingError
 from rankfold.network.passes import Inputs
-from rankfold.training.augment import augmentation
+from rankfold.training.augment import augmentation, is_images
 
 OPTIMISERS = ("sgd", "adamw")
 PRECISIONS = ("auto", "no", "bf16")
@@ -95,10 +93,10 @@ def distilling(given: int | Training, batches: Iterable[Inputs]) -> Training:
     if isinstance(given, Training):
         return given
     first = next(iter(batches))
-    images = isinstance(first, Tensor) and first.ndim == 4 and first.is_floating_point()
-    augment = "none" if not images else "cifar" if max(first.shape[2:]) <= SMALL else "imagenet"
-    usual = DISTILLING if images else {**DISTILLING, **DISTILLING_TEXT}
-    return Training(epochs=given, augment=augment, patience=given, **usual)
+    if not is_images(first):
+        return Training(epochs=given, patience=given, **{**DISTILLING, **DISTILLING_TEXT})
+    augment = "cifar" if max(first.shape[2:]) <= SMALL else "imagenet"
+    return Training(epochs=given, augment=augment, patience=given, **DISTILLING)
 
 
 def rate_at(training: Training, step: int, total: int) -> float:
