@@ -81,7 +81,9 @@ class UnitCurve(Curve):
         centre = tuple(map(int, self.choices[k]))
         if len(self.sets) < MANY or centre in self.centres:
             return self
-        return unit_curve(self.sets, self.members, self.units, (*self.centres, centre))
+        near = _front(self.sets, self.members, self.units, _around(self.sets, self.members, centre))
+        whole = _Front.joined([_Front(self.errors, self.costs, self.choices), near])
+        return _as_curve(whole, self.sets, self.members, self.units, (*self.centres, centre))
 
     def visited(self, places: Sequence[int], *, starts: int = 1) -> Curve:
         """The unit once what is guessed of the candidates at `places` is fitted."""
@@ -131,17 +133,11 @@ def unit_curve(
     sets: Sequence[Width], members: Sequence[Curve], units: Sequence[str], centres: Sequence[Sequence[int]] = ()
 ) -> UnitCurve:
     """The candidates of a unit that can be part of an optimal plan, and what lies around some of them, as one curve."""
-    coarse = len(sets) >= MANY
-    most = [*(WIDTHS if coarse else len(one.widths) for one in sets), *(FORMS for _ in members)]
-    sizes = [*(len(one.widths) for one in sets), *map(len, members)]
-    fronts = [
-        _front(sets, members, units, [_spread(size, some) for size, some in zip(sizes, most, strict=True)]),
-        *(_front(sets, members, units, list(map(_around, sizes, one))) for one in centres),
-    ]
-    whole = _Front.joined(fronts)
-    return replace(
-        _as_curve(whole.thinned(units, len(whole.errors)), sets, members, units), centres=tuple(map(tuple, centres))
-    )
+    widths = [_spread(len(one.widths), WIDTHS if len(sets) >= MANY else len(one.widths)) for one in sets]
+    spread = [*widths, *(_spread(len(curve), FORMS) for curve in members)]
+    allowed = [spread, *(_around(sets, members, one) for one in centres)]
+    whole = _Front.joined([_front(sets, members, units, places) for places in allowed])
+    return _as_curve(whole, sets, members, units, centres)
 
 
 def _spread(size: int, most: int) -> list[int]:
@@ -149,9 +145,13 @@ def _spread(size: int, most: int) -> list[int]:
     return [int(one) for one in np.unique(np.linspace(0, size - 1, min(most, size)).round())]
 
 
-def _around(size: int, centre: int) -> list[int]:
-    """The first of so many places, which is the whole, and those near a centre."""
-    return sorted({0, *range(max(centre - NEAR, 0), min(centre + NEAR + 1, size))})
+def _around(sets: Sequence[Width], members: Sequence[Curve], centre: Sequence[int]) -> list[list[int]]:
+    """The places near a candidate's own, of the widths of every set and the forms of every layer, and the whole."""
+    sizes = [*(len(one.widths) for one in sets), *map(len, members)]
+    return [
+        sorted({0, *range(max(place - NEAR, 0), min(place + NEAR + 1, size))})
+        for place, size in zip(centre, sizes, strict=True)
+    ]
 
 
 def _front(
@@ -259,8 +259,15 @@ class _Front:
         return _Front(self.errors[kept], {unit: cost[kept] for unit, cost in self.costs.items()}, self.choices[kept])
 
 
-def _as_curve(front: _Front, sets: Sequence[Width], members: Sequence[Curve], units: Sequence[str]) -> UnitCurve:
-    """A front as a curve, dense first."""
+def _as_curve(
+    found: _Front,
+    sets: Sequence[Width],
+    members: Sequence[Curve],
+    units: Sequence[str],
+    centres: Sequence[Sequence[int]],
+) -> UnitCurve:
+    """What can be part of an optimal plan, of all candidates that were found, as a curve, dense first."""
+    front = found.thinned(units, len(found.errors))
     dense = np.zeros((1, front.choices.shape[1]), dtype=np.int64)
     whole = {
         unit: sum(getattr(one.layer.dense, unit) for one in members)
@@ -286,6 +293,7 @@ def _as_curve(front: _Front, sets: Sequence[Width], members: Sequence[Curve], un
         members=tuple(members),
         choices=choices,
         units=tuple(units),
+        centres=tuple(map(tuple, centres)),
     )
 
 
