@@ -79,7 +79,7 @@ def is_images(batch: Inputs) -> TypeGuard[Tensor]:
     return isinstance(batch, Tensor) and batch.ndim == 4 and batch.is_floating_point()
 
 
-def darkest(images: Iterable[Float[Tensor, "n c h w"]]) -> Float[Tensor, " c"]:
+def darkest(images: Iterable[Float[Tensor, "_ c h w"]]) -> Float[Tensor, " c"]:
     """The smallest value of every channel in batches of images, which is taken for black."""
     return torch.stack([one.amin((0, 2, 3)) for one in images]).amin(0)
 
