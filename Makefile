@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+export PYTHONDONTWRITEBYTECODE :=  # packages are compiled as they are imported, once, whatever was set outside
 
 .PHONY: demo test docs wheel matrix env
 
@@ -14,7 +15,7 @@ demo: env
 test: env
 	$(BIN)/ruff format --check src tests tools benchmarks
 	$(BIN)/ruff check src tests tools benchmarks
-	$(BIN)/mypy
+	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
 	$(BIN)/pytest --numprocesses 2
 	$(BIN)/mkdocs build --quiet
@@ -32,6 +33,6 @@ env: .venv/.made
 
 .venv/.made: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch .venv/.made

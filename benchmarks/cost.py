@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Rows of layers: `width` channels, `taps` along each of two axes, `inputs` to calibrate on with `positions` each."""
-SIZES: dict[str, dict[str, tuple[int, ...]]] = {
+SIZES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "linear, svd": {
         "width": (256, 512, 1024, 2048),
         "layers": (2, 4, 8, 16),
@@ -74,7 +75,7 @@ def measured(kind: str, sizes: dict[str, int]) -> dict[str, float]:
     compress(
         model,
         batches[0][:1],
-        decomposition=options["decomposition"],
+        decomposition=str(options["decomposition"]),
         budget=Budget(macs=0.5),
         calibration=batches,
     )

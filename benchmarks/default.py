@@ -81,13 +81,14 @@ def _opened(folder: Path, name: str) -> tuple[nn.Module, Dataset, list[torch.Ten
     else:
         source = opened(folder, name)
         scored, batches = images(folder, name, COUNT)
-    model: Any = source.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model: Any = source.model.to(memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
     return model, scored, [batches[0][:COUNT]] if len(batches[0]) >= COUNT else batches
 
 
 def _other_digits(scored: Dataset) -> torch.Tensor:
     """`COUNT` of scikit-learn's digits that are not among those that are scored."""
-    every = np.round(load_digits().images * 255 / 16).astype(np.uint8)
+    digits: Any = load_digits()
+    every = np.round(digits.images * 255 / 16).astype(np.uint8)
     held = {one.tobytes() for one in np.asarray(scored.x)}
     left = np.stack([one for one in every if one.tobytes() not in held])
     chosen = replace(scored, x=left, y=np.zeros(len(left), np.int64)).sample(COUNT)

@@ -87,8 +87,9 @@ def other_text(folder: Path) -> Tensor:
     """Blocks of a text of another kind."""
     from transformers import AutoTokenizer
 
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     whole = "\n\n".join(topics[name] for name in sorted(topics))
-    return blocks(AutoTokenizer.from_pretrained(folder)(whole, return_tensors="pt").input_ids[0], 1024, 12)
+    return blocks(tokenizer(whole, return_tensors="pt").input_ids[0], 1024, 12)
 
 
 def main() -> None:
@@ -148,7 +149,8 @@ def every_block(folder: Path, text: Path) -> Tensor:
     """All blocks of 1,024 tokens of the test text."""
     from transformers import AutoTokenizer
 
-    whole = AutoTokenizer.from_pretrained(folder)((text / "test.txt").read_text(), return_tensors="pt").input_ids[0]
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    whole = tokenizer((text / "test.txt").read_text(), return_tensors="pt").input_ids[0]
     return whole[: len(whole) // 1024 * 1024].view(-1, 1024)
 
 

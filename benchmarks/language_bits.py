@@ -38,8 +38,8 @@ def quantised(model: nn.Module, bits: int) -> tuple[nn.Module, int]:
             sizes[id(one.weight)] = one.weight.numel() * bits // 8 + 2 * scales
         kind, granularity = ("int4", PerGroup(GROUP)) if bits == 4 else ("int8", PerAxis(0))
         quantize_(model, IntxWeightOnlyConfig(weight_dtype=getattr(torch, kind), granularity=granularity))
-        head: Any = model.get_output_embeddings()  # type: ignore[operator]
-        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+        head: Any = model.get_output_embeddings()  # pyrefly: ignore[not-callable]
+        embedding: Any = model.get_input_embeddings()  # pyrefly: ignore[not-callable]
         embedding.weight = nn.Parameter(head.weight.dequantize(), requires_grad=False)  # one matrix, as before
     return model, sum(sizes.values())
 

@@ -87,7 +87,7 @@ def started(folder: Path, case: str, text: Path | None, count: int, budget: Budg
         source = (
             build_model("torchvision:resnet18") if name == "resnet18" else opened(folder, name)
         )  # no weights are at hand, and times need none
-        model = source.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = source.model.to(memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
         scored, batches = images(folder, name, count)
         example = batches[0][:1].repeat(int(batch), 1, 1, 1).contiguous(memory_format=torch.channels_last)
     return (

@@ -40,13 +40,13 @@ DAMPING = 3e-4
 TIMED = (1, 16)
 
 
-class Inputs(CalibrationDataReader):  # type: ignore[misc]
+class Inputs(CalibrationDataReader):
     """Batches for ONNX Runtime to calibrate on."""
 
     def __init__(self, name: str, batches: list[torch.Tensor]) -> None:
         self.left = [{name: one[None].numpy()} for batch in batches for one in batch]
 
-    def get_next(self) -> dict[str, Any] | None:
+    def get_next(self) -> Any:
         return self.left.pop(0) if self.left else None
 
 
@@ -152,8 +152,8 @@ def _top1(session: InferenceSession, scored: Dataset) -> float:
     right, name = 0, session.get_inputs()[0].name
     for start in range(0, len(scored), 100):
         x, y = scored.batch(start, start + 100)
-        (logits,) = session.run(None, {name: x.numpy()})
-        right += int((np.argmax(logits, 1) == y.numpy()).sum())
+        logits = np.asarray(session.run(None, {name: x.numpy()})[0])
+        right += int((logits.argmax(1) == y.numpy()).sum())
     return 100 * right / len(scored)
 
 

@@ -39,7 +39,7 @@ def main() -> None:
     arguments = made.parse_args()
     folder = require_data(arguments)
     for (name, _), cases in groupby(arguments.only or CASES, lambda case: tuple(case.split(":")[:2])):
-        model = opened(folder, name).model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = opened(folder, name).model.to(memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
         scored, batches = images(folder, name, 500)
         base, measured = accuracy(model, scored), None
         for case in cases:

@@ -152,7 +152,7 @@ def language(folder: Path, text: Path, count: int) -> tuple[Any, list[dict[str, 
     model: Any = build_model(f"hf:{folder}").model.float()
     from transformers import AutoTokenizer  # importable once the model is built, whatever torchvision is there
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     known, tested = (
         tokenizer((text / f"{one}.txt").read_text(), return_tensors="pt").input_ids[0] for one in ("valid", "test")
     )

@@ -17,6 +17,7 @@ from rankfold.sources.models import load_weights_
 settings.register_profile("rankfold", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("rankfold")
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 
 
 @pytest.fixture(scope="session")

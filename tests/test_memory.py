@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from processes import run
 from torch import nn
 
 from rankfold import BudgetError, compress
@@ -62,29 +63,23 @@ def test_a_network_is_compressed_alike_with_moments_in_files(small_cnn: nn.Modul
         assert torch.equal(parts.model.state_dict()[name], tensor)
 
 
-TAKEN = """
-import sys, torch
-import scipy.optimize
-from torch import nn
-import rankfold
-def most():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-torch.manual_seed(0)
-model = nn.Sequential(*(nn.Linear(*size) for _ in range(40) for size in ((768, 16), (16, 768))))
-batches = [torch.randn(64, 768) for _ in range(4)]
-options = dict(decomposition="svd", budget=rankfold.Budget(params=0.5), calibration=batches, sequential=False)
-before = most()
-rankfold.compress(model, batches[0][:1], memory=sys.argv[1], **options)
-print((most() - before) * 1024)
-"""
+def taken(limit: str) -> None:
+    """Tells the bytes that a compression under a limit takes at its peak."""
 
+    def most() -> int:
+        return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("VmHWM"))
 
-def taken(limit: str) -> int:
-    done = subprocess.run([sys.executable, "-c", TAKEN, limit], capture_output=True, text=True, check=True)
-    return int(done.stdout)
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(*size) for _ in range(40) for size in ((768, 16), (16, 768))))
+    batches = [torch.randn(64, 768) for _ in range(4)]
+    options = {"decomposition": "svd", "budget": Budget(params=0.5), "calibration": batches, "sequential": False}
+    before = most()
+    compress(model, batches[0][:1], memory=limit, **options)
+    print((most() - before) * 1024)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process from Linux")
-def test_a_limit_is_kept():
+def test_a_limit_is_kept(tmp_path: Path):
     """Forty moments of 4.7 MB, and what is done with them, are more than it leaves; with room for them, all are held."""
-    assert taken("270MB") < 150e6 < taken("4GB")
+    little, much = (int(run(tmp_path, taken, limit).told.split()[-1]) for limit in ("270MB", "4GB"))
+    assert little < 150e6 < much

@@ -8,72 +8,59 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from processes import Running, join
+from torch import nn
 
+from rankfold import Budget, BudgetError, RankfoldError, compress
 from rankfold.files.artifact import load_plan
 from rankfold.sharing import everywhere, owned, place, shared
 
-SCRIPT = """
-import sys, torch
-from torch import distributed, nn
-import rankfold
-from rankfold.calibration import Refining
 
-_, out, decompositions, rank, processes = sys.argv
-if int(processes) > 1:
-    distributed.init_process_group("gloo", init_method=f"file://{out}.store", rank=int(rank), world_size=int(processes))
-torch.manual_seed(0)
-model = nn.Sequential(
-    nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(),
-    nn.Conv2d(12, 12, 3, padding=1, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 40),
-    nn.ReLU(), nn.Linear(40, 10),
-).eval()
-x = torch.randn(64, 3, 12, 12, generator=torch.Generator().manual_seed(1)).split(16)
-states = {}
-for decomposition in decompositions.split("+"):
-    names = decomposition.split(",")
-    result = rankfold.compress(model, x[0][:1], decomposition=names, budget=rankfold.Budget(macs=0.5), calibration=x,
-                               refine=1)
-    states |= {f"{decomposition} {name}": tensor for name, tensor in result.model.state_dict().items()}
-if int(processes) > 2:
-    torch.save(states, out) if rank == "0" else None
-    sys.exit()
-result = rankfold.compress(model, x[0][:1], decomposition="svd", budget=rankfold.Budget(macs=0.5), calibration=x, distil=1)
-states |= {f"distilled {name}": tensor for name, tensor in result.model.state_dict().items()}
-if distributed.is_initialized():
-    try:
-        rankfold.compress(model, x[0][:1], decomposition="svd", budget=rankfold.Budget(latency=0.9))
-    except rankfold.BudgetError as error:
-        assert "a limit on the latency is met by timing in one process" in str(error)
-    else:
-        raise AssertionError("latency was measured by several")
-try:
+def compressed(out: Path, decompositions: str, rank: int, processes: int) -> None:
+    """Writes what one of so many processes makes of a small network, if it is the first."""
+    if processes > 1:
+        join(out.with_suffix(".store"), rank, processes)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(12, 12, 3, padding=1, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 40),
+        nn.ReLU(), nn.Linear(40, 10),
+    ).eval()  # fmt: skip
+    x = torch.randn(64, 3, 12, 12, generator=torch.Generator().manual_seed(1)).split(16)
+    half = {"budget": Budget(macs=0.5), "calibration": x}
+    states = {}
+    for names in decompositions.split("+"):
+        result = compress(model, x[0][:1], decomposition=names.split(","), refine=1, **half)
+        states |= {f"{names} {name}": tensor for name, tensor in result.model.state_dict().items()}
+    if processes <= 2:
+        result = compress(model, x[0][:1], decomposition="svd", distil=1, **half)
+        states |= {f"distilled {name}": tensor for name, tensor in result.model.state_dict().items()}
+        with pytest.raises(RankfoldError):
+            _of_what_is_not_finite()
+        states["failed"] = torch.tensor(1)
+    if processes == 2:
+        with pytest.raises(BudgetError, match="a limit on the latency is met by timing in one process"):
+            compress(model, x[0][:1], decomposition="svd", budget=Budget(latency=0.9))
+    if not rank:
+        torch.save(states, out)
+
+
+def _of_what_is_not_finite() -> None:
     wide = nn.Linear(4, 4)
     wide.weight.data.fill_(float("nan"))
-    rankfold.compress(nn.Sequential(nn.Linear(4, 4), wide), torch.zeros(1, 4), decomposition="svd",
-                      budget=rankfold.Budget(macs=0.5), calibration=[torch.randn(8, 4)])
-except rankfold.RankfoldError as error:
-    states["failed"] = torch.tensor(1)
-if rank == "0":
-    torch.save(states, out)
-"""
-
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    model, x = nn.Sequential(nn.Linear(4, 4), wide), torch.randn(8, 4)
+    compress(model, x[:1], decomposition="svd", budget=Budget(macs=0.5), calibration=[x])
 
 
 def found_by(processes: int, decompositions: str, folder: Path) -> dict[str, torch.Tensor]:
-    """What the script's first process wrote, of so many that run at once, each with one thread."""
+    """What the first wrote of so many processes that run at once, each with one thread."""
     out = folder / f"{processes}.pt"
-    (folder / "compress.py").write_text(SCRIPT)
-    commands = [
-        [sys.executable, str(folder / "compress.py"), str(out), decompositions, str(rank), str(processes)]
-        for rank in range(processes)
-    ]
-    running = [subprocess.Popen(one, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) for one in commands]
+    running = [Running(folder, compressed, out, decompositions, rank, processes) for rank in range(processes)]
     for one in running:
-        _, told = one.communicate(timeout=200)
-        assert one.returncode == 0, told[-2000:]
+        done = one.finished()
+        assert done.returncode == 0, done.told[-2000:]
     return torch.load(out, weights_only=True)
 
 
@@ -95,7 +82,11 @@ def test_the_command_writes_once_and_says_it_once(tmp_path: Path):
     command = ["compress", "zoo:digits", "--budget", "macs=0.4", "--calibration", "synthetic"]
     more = ["--calibration-samples", "32", "--json", "--out", str(tmp_path / "small")]
     done = subprocess.run(
-        [sys.executable, *launcher, *command, *more], capture_output=True, text=True, env=ENVIRONMENT, timeout=200
+        [sys.executable, *launcher, *command, *more],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     plan = load_plan(tmp_path / "small")

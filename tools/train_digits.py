@@ -9,6 +9,7 @@ minute on two cores.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def shifted(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def main() -> None:
     """Trains, evaluates on the held-out digits, and writes the two files."""
-    digits = load_digits()
+    digits: Any = load_digits()
     images = (digits.images * 255 / 16).round().astype(np.uint8)
     train_x, test_x, train_y, test_y = train_test_split(
         images, digits.target, test_size=360, stratify=digits.target, random_state=SEED

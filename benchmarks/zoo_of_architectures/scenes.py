@@ -61,7 +61,7 @@ def region_detector(name: str) -> Any:
 
         anchors = detection.anchor_utils.AnchorGenerator(((32,), (64,), (128,)), ((0.5, 1.0, 2.0),) * 3)
         report = {"box_score_thresh": 0.0, "box_detections_per_img": 8, "box_nms_thresh": 1.1, "min_size": 128}
-        heads = {
+        heads: dict[str, nn.Module] = {
             "box_head": faster_rcnn.TwoMLPHead(256 * 7 * 7, 128),
             "box_predictor": faster_rcnn.FastRCNNPredictor(128, 4),
         }

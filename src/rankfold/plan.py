@@ -239,17 +239,16 @@ def _layer_to_dict(layer: LayerPlan) -> dict[str, Any]:
 
 
 def _layer_from_dict(entry: Mapping[str, Any]) -> LayerPlan:
-    return LayerPlan(
-        **{
-            **entry,
-            "weight": tuple(int(size) for size in entry["weight"]),
-            "ranks": tuple(int(rank) for rank in entry["ranks"]),
-            "aliases": tuple(entry["aliases"]),
-            "narrowed": tuple(entry.get("narrowed", ())),
-            "before": Cost(**entry["before"]),
-            "after": Cost(**entry["after"]),
-        }
-    )
+    values: dict[str, Any] = {
+        **entry,
+        "weight": tuple(int(size) for size in entry["weight"]),
+        "ranks": tuple(int(rank) for rank in entry["ranks"]),
+        "aliases": tuple(entry["aliases"]),
+        "narrowed": tuple(entry.get("narrowed", ())),
+        "before": Cost(**entry["before"]),
+        "after": Cost(**entry["after"]),
+    }
+    return LayerPlan(**values)
 
 
 def _narrowing_from_dict(entry: Mapping[str, Any]) -> Narrowing:

@@ -105,7 +105,7 @@ class Recovery:
             training=training,
             losses=Losses(task=0.0, temperature=1.0),
             held_out=held if len(held) else None,
-            progress=lambda what, *rest: progress(what.replace("fine-tuning", "distilling"), *rest),
+            progress=lambda what, *rest: progress(what.replace("fine-tuning", "distilling"), *rest),  # pyrefly: ignore[bad-argument-type]
         )
         reached = [one.divergence for one in trained.epochs if one.divergence is not None]
         told = {**asdict(training), "precision": trained.precision, "divergence": [trained.started, *reached]}

@@ -1,16 +1,15 @@
 from __future__ import annotations
 
 import json
-import os
+import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from networks import Tied
+from processes import Running, run
 from torch import nn
 
 from rankfold import ArtifactError, Budget, PlanError, RankfoldError, Result, compress, load, load_plan, save
@@ -46,16 +45,16 @@ def test_what_is_loaded_is_bit_equal(result: Result, image: torch.Tensor, tmp_pa
     assert load_metrics(path)["note"] == "kept"
 
 
+def _run_again(folder: Path) -> None:
+    model = load(folder / "out", skeleton())
+    with torch.no_grad():
+        torch.save({"y": model(torch.load(folder / "x.pt", weights_only=True)["x"])}, folder / "y.pt")
+
+
 def test_a_new_process_gets_the_same_bits(result: Result, image: torch.Tensor, tmp_path: Path):
     save(result, tmp_path / "out")
     torch.save({"x": image}, tmp_path / "x.pt")
-    script = (
-        "import torch, sys; torch.set_num_threads(1); sys.path[:0] = [sys.argv[2], sys.argv[2] + '/..']; from test_artifact import skeleton; import rankfold\n"
-        "x = torch.load(sys.argv[1] + '/x.pt', weights_only=True)['x']\n"
-        "model = rankfold.load(sys.argv[1] + '/out', skeleton())\n"
-        "with torch.no_grad(): torch.save({'y': model(x)}, sys.argv[1] + '/y.pt')"
-    )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)], check=True)
+    assert run(tmp_path, _run_again, tmp_path).returncode == 0
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "y.pt", weights_only=True)["y"], result.model(image))
 
@@ -159,36 +158,44 @@ def test_a_failing_save_changes_nothing(point: str, result: Result, tmp_path: Pa
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
+def _made() -> Result:
+    x = torch.zeros(1, 3, 8, 8)
+    return compress(skeleton(), x, decomposition="svd", budget=Budget(macs=0.5), calibration="none")
+
+
+def _save_within(folder: Path, limit: int) -> None:
+    result = _made()
+    print("made", flush=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    with pytest.raises(ArtifactError, match="nothing was changed"):
+        save(result, folder / "out")
+
+
 def test_a_file_size_limit_stands_in_for_a_full_disk(result: Result, tmp_path: Path):
-    script = (
-        "import resource, sys, torch; sys.path[:0] = [sys.argv[2], sys.argv[2] + '/..']; from test_artifact import skeleton; import rankfold\n"
-        "result = rankfold.compress(skeleton(), torch.zeros(1, 3, 8, 8), decomposition='svd', budget=rankfold.Budget(macs=0.5), calibration='none')\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
-        "try: rankfold.save(result, sys.argv[1] + '/out')\n"
-        "except rankfold.ArtifactError as error: print(error)"
-    )
     save(result, tmp_path / "out")
-    command = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "nothing was changed" in done.stdout
+    done = run(tmp_path, _save_within, tmp_path, 2000)
+    assert done == (0, "made\n")
     assert load(tmp_path / "out", skeleton()) is not None
-    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "told-0"]
+
+
+def _save_on_and_on(folder: Path) -> None:
+    result = _made()
+    print("ready", flush=True)
+    while True:
+        save(result, folder / "out")
 
 
 def test_a_killed_save_leaves_one_whole_directory(result: Result, tmp_path: Path):
     save(result, tmp_path / "out")
-    script = (
-        "import sys, torch; sys.path[:0] = [sys.argv[2], sys.argv[2] + '/..']; from test_artifact import skeleton; import rankfold\n"
-        "result = rankfold.compress(skeleton(), torch.zeros(1, 3, 8, 8), decomposition='svd', budget=rankfold.Budget(macs=0.5), calibration='none')\n"
-        "print('ready', flush=True)\n"
-        "while True: rankfold.save(result, sys.argv[1] + '/out')"
-    )
     for delay in (0.0, 0.011, 0.04):
-        command = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout.readline() == "ready\n"
-            time.sleep(delay)
-            os.kill(process.pid, signal.SIGKILL)
+        running = Running(tmp_path, _save_on_and_on, tmp_path)
+        while not running.told.read_text():
+            assert running.process.is_alive()
+            time.sleep(0.001)
+        time.sleep(delay)
+        running.process.kill()
+        assert running.finished().returncode == -signal.SIGKILL
         assert load(tmp_path / "out", skeleton()) is not None
 
 

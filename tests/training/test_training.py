@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import csv
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import Running, join
 from torch import nn
 
 from rankfold import Budget, TrainingError, compress
@@ -20,6 +18,7 @@ from rankfold.evaluation import accuracy
 from rankfold.network.kinds import weight_of
 from rankfold.plan import Plan
 from rankfold.reports.demo import digits
+from rankfold.sharing import place
 from rankfold.sources.data import Dataset, Normalisation
 from rankfold.training import Geometry, Losses, Trained, Training, checkpoints, fine_tune, loop, split
 from rankfold.training.augment import AUGMENTATIONS, PADDING
@@ -394,49 +393,34 @@ def test_a_real_network_recovers(decomposition: str):
     assert trained.epochs[-1].loss < trained.epochs[0].loss
 
 
-SCRIPT = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-from test_training import network, images, student_of
-from rankfold.training import Training, Losses, fine_tune
-import torch.distributed as dist
-teacher, data = network(), images()
-losses = Losses(weights=0.5, outputs=0.5)
-training = Training(epochs=2, batch_size=16, rate=0.05, warmup=2, precision="no", augment="cifar", ema=0.9)
-states = {{}}
-for decomposition in ("svd", "cp3"):
-    student, plan = student_of(teacher.float(), decomposition)
-    found = fine_tune(student.double(), data, teacher=teacher.double(), plan=plan, losses=losses, held_out=data,
-                      training=training)
-    states |= {{f"{{decomposition}} {{name}}": tensor for name, tensor in found.model.state_dict().items()}}
-if not dist.is_initialized() or dist.get_rank() == 0:
-    torch.save(states, sys.argv[1])
-    print(dist.get_world_size() if dist.is_initialized() else 1)
-"""
+def _trained(out: Path, rank: int, processes: int) -> None:
+    """Writes what the first of so many processes ends with."""
+    if processes > 1:
+        join(out.with_suffix(".store"), rank, processes)
+    teacher, data = network(), images()
+    losses = Losses(weights=0.5, outputs=0.5)
+    training = Training(epochs=2, batch_size=16, rate=0.05, warmup=2, precision="no", augment="cifar", ema=0.9)
+    states = {}
+    for decomposition in ("svd", "cp3"):
+        student, plan = student_of(teacher.float(), decomposition)
+        found = fine_tune(
+            student.double(), data, teacher=teacher.double(), plan=plan, losses=losses, held_out=data, training=training
+        )
+        states |= {f"{decomposition} {name}": tensor for name, tensor in found.model.state_dict().items()}
+    assert place() == (rank, processes)
+    if not rank:
+        torch.save(states, out)
 
 
 def test_two_processes_end_where_one_does(tmp_path: Path):
     """Gloo over loopback; the same global batches, so the same result up to the order of summation."""
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    states = []
-    for label, launcher in (
-        ("one", []),
-        ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]),
-    ):
-        out = tmp_path / f"{label}.pt"
-        done = subprocess.run(
-            [sys.executable, *launcher, str(script), str(out)],
-            capture_output=True,
-            text=True,
-            env=environment,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert done.stdout.split()[-1] == {"one": "1", "two": "2"}[label]
-        states.append(torch.load(out, weights_only=True))
-    for name, tensor in states[0].items():
-        torch.testing.assert_close(states[1][name], tensor, rtol=1e-4, atol=1e-5)
+    one, *two = (Running(tmp_path, _trained, tmp_path / f"{n}.pt", rank, n) for n in (1, 2) for rank in range(n))
+    for running in (one, *two):
+        done = running.finished()
+        assert done.returncode == 0, done.told[-2000:]
+    alone, together = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
+    for name, tensor in alone.items():
+        torch.testing.assert_close(together[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_history_is_a_plain_record():

@@ -1,4 +1,4 @@
-"""A user's file, which mypy checks strictly: what the public surface gives has complete types. It is not run."""
+"""A user's file, not run: its types are checked strictly, so what the public surface gives has complete ones."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def as_timed_(
         torch.set_num_threads(threads)
     model.to(place)
     if channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
 
     def formed(one: Any) -> Any:
         one = one.to(place)

@@ -209,25 +209,26 @@ class Wiring:
             if len(holders) > 2:
                 rests = [math.prod(shape.kernel) * min(shape.outputs, shape.inputs)]
             arrays = any(isinstance(rest, np.ndarray) for rest in rests)
-            largest.append(reduce(np.minimum, rests) if arrays else min(rests))
+            largest.append(reduce(np.minimum, rests) if arrays else min(rests))  # pyrefly: ignore[bad-argument-type]
         return largest
 
     def params(self, shape: LayerShape, ranks: Sequence[Count]) -> Count:
         """Entries of all factors of all groups; elementwise when `ranks` are arrays."""
         sizes = self.sizes(shape, ranks)
-        return sum(shape.groups * product(sizes, factor) for factor in self.factors)
+        total: Any = sum(shape.groups * product(sizes, factor) for factor in self.factors)
+        return total
 
     def macs(self, shape: LayerShape, ranks: Sequence[Count]) -> Count:
         """Multiply-accumulates of all stages over all calls; elementwise when `ranks` are arrays."""
         sizes = self.sizes(shape, ranks)
-        total: int | Count = 0
+        total: Any = 0
         done = ""
         for factor, stage, resized in zip(self.factors, self.stages, self.resized(shape), strict=True):
             at = done if shape.transposed else done + resized
             positions = shape.positions(at, lookups="o" not in factor)  # an embedding reads rows of the last factor
             total = total + shape.passed * positions * product(sizes, factor + stage.carried)
             done += resized
-        return total  # type: ignore[return-value]
+        return total
 
 
 MATRIX = Wiring(("Ai", "oA"))

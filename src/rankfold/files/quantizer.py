@@ -58,22 +58,22 @@ class PlanQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = ignored | {f"^{name}$" for name in replaced_weights(plan)}
         return found
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **others: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: nn.Module, **others: Any) -> nn.Module:  # pyrefly: ignore[bad-override]
         setattr(model, KNOWN_PLAN, self._plan())
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:  # pyrefly: ignore[bad-override]
         """What transformers' own `save_pretrained` writes, with what keeps it from being loaded without rankfold."""
         return with_stops(model.state_dict(), self._plan()), {}
 
     def _plan(self) -> Plan:
         return Plan.from_json(cast(PlanConfig, self.quantization_config).plan)
 
-    def is_serializable(self, *args: Any, **others: Any) -> bool:
+    def is_serializable(self, *args: Any, **others: Any) -> bool:  # pyrefly: ignore[bad-override]
         """Whether it can be saved again: it can."""
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # pyrefly: ignore[bad-override]
         """Whether it can be trained: factors are parameters like others."""
         return True

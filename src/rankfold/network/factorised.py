@@ -71,7 +71,7 @@ class Factorised(nn.Sequential):
 class FactorisedStack(Factorised, Stacked):
     """The factors of a stack of matrices: a row of inputs meets those of one matrix."""
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: Any) -> Any:  # pyrefly: ignore[bad-override-param-name]
         return Stacked.__getitem__(self, index)
 
     @property
@@ -80,7 +80,7 @@ class FactorisedStack(Factorised, Stacked):
         return torch.Size(self.role.weight)
 
     @property
-    def by_rows(self) -> bool:
+    def by_rows(self) -> bool:  # pyrefly: ignore[bad-override-mutable-attribute]
         """Whether the matrices stood as (outputs, inputs)."""
         return not self.role.turned
 
@@ -89,7 +89,7 @@ class FactorisedStack(Factorised, Stacked):
         if value != self.by_rows:
             raise TypeError("the matrices of a stack are multiplied both as they are and transposed")
 
-    def forward(self, x: Tensor, index: Any) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, index: Any) -> Tensor:  # pyrefly: ignore[bad-override]
         """x (…, inputs) times one matrix, factor by factor."""
         for stage in self.children():
             x = stage(x, index)

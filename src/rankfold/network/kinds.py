@@ -247,7 +247,7 @@ def _move_bond(sizes: dict[str, int], before: str, stage: Stage, groups: int) ->
         return []
     channels = product(sizes, stage.kept + stage.summed)  # of one group, as the stage takes them
     if stage.carried:
-        moves = [nn.Unflatten(1, (carried, channels * groups)), nn.Flatten(0, 1)]
+        moves: list[nn.Module] = [nn.Unflatten(1, (carried, channels * groups)), nn.Flatten(0, 1)]
     else:
         moves = [nn.Unflatten(0, (-1, carried)), nn.Flatten(1, 2)]
     return moves if groups == 1 else [nn.ChannelShuffle(groups), *moves, nn.ChannelShuffle(channels)]

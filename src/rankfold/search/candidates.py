@@ -113,7 +113,7 @@ def pareto(errors: FloatArray, costs: Sequence[IntArray]) -> IntArray:
         best = np.minimum.accumulate(errors[order])
         return order[np.append(True, best[1:] < best[:-1])] if len(order) else order
     if len(costs) > 2:
-        return _undominated(order, np.stack([errors, *costs[1:]], 1))
+        return _undominated(order, np.stack([errors, *costs[1:]], 1).astype(np.float64))
     kept = []
     stairs_cost: list[float] = []  # rising, while stairs_error falls
     stairs_error: list[float] = []

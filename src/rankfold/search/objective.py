@@ -54,7 +54,7 @@ class Reconstruction(Objective):
     relative: bool = True
 
     @property
-    def separable(self) -> bool:  # type: ignore[override]
+    def separable(self) -> bool:  # pyrefly: ignore[bad-override]
         """Whether the curves' own errors are what is minimised."""
         return not self.metric and self.relative
 

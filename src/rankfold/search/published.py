@@ -180,8 +180,8 @@ class _Run:
         for tensor in (*tensors, *logits):
             tensor.requires_grad_()
         options = {"lr": self.settings.rate, "momentum": self.settings.momentum, "nesterov": True}
-        self.weight_step = torch.optim.SGD(tensors, **options)  # type: ignore[arg-type]
-        self.rank_step = torch.optim.SGD(logits, **options)  # type: ignore[arg-type]
+        self.weight_step = torch.optim.SGD(tensors, **options)
+        self.rank_step = torch.optim.SGD(logits, **options)
 
     def _iterate(self) -> None:
         """One weight step and, after the warm-up, one rank step."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.optimize
@@ -74,7 +75,8 @@ def _root(excess: Callable[[float, int], float], limit: int, scale: float) -> fl
     low, high = 0.0, scale
     for _ in range(_DOUBLINGS):
         if excess(high, limit) <= 0:
-            return float(scipy.optimize.brentq(excess, low, high, args=(limit,), xtol=1e-12 * high, rtol=1e-11))
+            root: Any = scipy.optimize.brentq(excess, low, high, args=(limit,), xtol=1e-12 * high, rtol=1e-11)
+            return float(root)
         low, high = high, 4 * high
     return high
 

@@ -174,9 +174,8 @@ class _Run:
         if state is None:
             return
         self.stage = int(state["stage"])
-        self.point = (
-            Point(**{**state["point"], "choices": tuple(state["point"]["choices"])}) if state["point"] else None
-        )
+        point: dict[str, Any] = state["point"] or {}
+        self.point = Point(**point | {"choices": tuple(point["choices"])}) if point else None
         self.steps = [step_from_dict(entry) for entry in state["steps"]]
         saved = iter(state["fits"])
         curves = [

@@ -39,4 +39,5 @@ class Trace:
 
 def step_from_dict(entry: Mapping[str, Any]) -> Step:
     """The step that `asdict` wrote."""
-    return Step(**{**entry, "entropy": tuple(entry["entropy"]), "likeliest": tuple(entry["likeliest"])})
+    values: dict[str, Any] = {**entry, "entropy": tuple(entry["entropy"]), "likeliest": tuple(entry["likeliest"])}
+    return Step(**values)

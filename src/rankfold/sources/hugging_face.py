@@ -111,9 +111,9 @@ def token_count(model: nn.Module, limits: tuple[str, ...] = _LIMITS) -> int:
     text = config.get_text_config()
     found = [value for at in (text, config) for name in limits if isinstance(value := getattr(at, name, None), int)]
     offsets = [
-        module.padding_idx + 1  # of RoBERTa's kind, whose positions are counted from there
+        padding + 1  # of RoBERTa's kind, whose positions are counted from there
         for name, module in model.named_modules()
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+        if name.endswith("position_embeddings") and isinstance(padding := getattr(module, "padding_idx", None), int)
     ]
     return max(1, min([TOKENS, *(value - max(offsets, default=0) for value in found if value > 0)]))
 

@@ -214,7 +214,7 @@ class _Run:
     def _placed(self, model: nn.Module) -> nn.Module:
         """A copy on this process's device, in the run's type and layout."""
         placed = duplicate(model).to(self.device, self.dtype)
-        return placed.to(memory_format=self.layout) if self.layout is not None else placed  # type: ignore[call-overload]
+        return placed.to(memory_format=self.layout) if self.layout is not None else placed  # pyrefly: ignore[no-matching-overload]
 
     def _drawn(self, epoch: int) -> Tensor:
         """The order of the examples in an epoch."""

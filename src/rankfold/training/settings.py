@@ -80,11 +80,11 @@ DISTILLING: dict[str, Any] = {
     "precision": "no",  # what a trial would choose may differ from run to run
 }
 """What is usual where the original's outputs on few inputs are all that is learned from."""
-DISTILLING_TEXT = {"batch_size": 1}
+DISTILLING_TEXT: dict[str, Any] = {"batch_size": 1}
 """The same for what is no image, such as blocks of text: docs/language.md has what was measured."""
 SMALL = 64
 """Largest side of an image that is padded and cropped; larger ones are cropped and resized."""
-TEXT = {"batch_size": 4, "optimiser": "adamw", "rate": 1e-4}
+TEXT: dict[str, Any] = {"batch_size": 4, "optimiser": "adamw", "rate": 1e-4}
 """What is usual for blocks of text, unless said otherwise: docs/language.md has what was measured."""
 
 

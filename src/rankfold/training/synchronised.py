@@ -17,7 +17,7 @@ def synchronise_norms_(model: nn.Module) -> None:
     """Makes every batch norm of the model use the statistics of all processes while it trains, in place."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.forward = _Synchronised(module)  # type: ignore[method-assign, assignment]
+            module.forward = _Synchronised(module)  # pyrefly: ignore[bad-assignment, method-assign]
 
 
 class _Synchronised:

@@ -91,10 +91,10 @@ class Attention(nn.Module):
         weights: Tensor | None = None
         if need_weights:
             scores = (q * q.shape[-1] ** -0.5) @ k.mT
-            weights = (scores if mask is None else scores + mask).softmax(-1)
-            weights = functional.dropout(weights, dropout) if dropout else weights
-            out = weights @ v
-            weights = weights.mean(1) if average_attn_weights else weights
+            shares = (scores if mask is None else scores + mask).softmax(-1)
+            shares = functional.dropout(shares, dropout) if dropout else shares
+            out = shares @ v
+            weights = shares.mean(1) if average_attn_weights else shares
         else:
             out = functional.scaled_dot_product_attention(q, k, v, mask, dropout)
         out = self.out_proj(out.transpose(1, 2).flatten(-2))

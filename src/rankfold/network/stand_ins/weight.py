@@ -96,7 +96,7 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self.calls: list[tuple[Any, Any, Any]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -117,7 +117,8 @@ def _stock(module: Any, base: type[nn.Module], weight: Tensor, bias: Tensor | No
             options.pop("output_padding", None)
         made = base(module.in_channels, module.out_channels, module.kernel_size, bias=False, device="meta", **options)
     trained = any(parameter.requires_grad for parameter in module.parameters())
-    made.weight, made.bias = _parameter(weight, trained), None if bias is None else _parameter(bias, trained)
+    made.weight = _parameter(weight, trained)
+    made.bias = None if bias is None else _parameter(bias, trained)  # pyrefly: ignore[bad-argument-type]
     carry_over_(module, made)
     return cast(nn.Module, made)
 

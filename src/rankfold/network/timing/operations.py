@@ -56,7 +56,7 @@ class Operation:
             if self.output_padding:
                 options["output_padding"] = self.output_padding
         made: nn.Module = getattr(nn, self.kind)(self.inputs, self.outputs, **options)
-        return made.to(memory_format=torch.channels_last) if self.channels_last else made  # type: ignore[call-overload]
+        return made.to(memory_format=torch.channels_last) if self.channels_last else made  # pyrefly: ignore[no-matching-overload]
 
     def input(self, device: torch.device) -> torch.Tensor:
         """An input of the layer's."""
