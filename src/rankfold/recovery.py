@@ -69,7 +69,9 @@ class Recovery:
             return student, apart
         judged = [] if few else known.held or list(known.inputs)
         before = duplicate(student) if judged else None
-        plan = refit_(student, model, plan, known.inputs, moments=known.moments, progress=progress)
+        plan = refit_(
+            student, model, plan, known.inputs, moments=known.moments, weights=known.weights, progress=progress
+        )
         if before is None or better(model, before, student, judged):
             return student, plan
         return before, apart

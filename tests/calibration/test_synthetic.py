@@ -136,6 +136,32 @@ def test_batches_have_the_examples_size_where_the_network_takes_no_other():
     assert [len(batch) for batch in made] == [4, 4, 4]
 
 
+class Pooled(nn.Module):
+    """Batch norms, and a classifier behind a pooling to some size, or of as many places as an image of 192² has."""
+
+    def __init__(self, size: int | None) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 4, 3, stride=4, padding=1), nn.BatchNorm2d(4)
+        nn.init.uniform_(self.norm.running_var, 0.5, 2.0)
+        self.pool = nn.AdaptiveAvgPool2d(size) if size else nn.MaxPool2d(16)
+        self.last = nn.Linear(4 * (size or 3) ** 2, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.pool(self.norm(self.first(x)).relu()).flatten(1))
+
+
+@pytest.mark.parametrize(("size", "side"), [(1, 96), (7, 192), (None, 192)])
+def test_large_images_are_made_smaller_where_all_that_has_places_gets_fewer(size: int | None, side: int):
+    model = Pooled(size).eval()
+    made = torch.cat(synthetic_like(model, torch.zeros(1, 3, 192, 192)))
+    assert made.shape == (96 if side == 96 else 32, 3, side, side)
+    assert torch.cat(synthetic_like(model, torch.zeros(1, 3, 192, 192), 8)).shape == (8, 3, side, side)
+
+
+def test_images_that_are_not_large_keep_their_size():
+    assert torch.cat(synthetic_like(Pooled(1).eval(), torch.zeros(1, 3, 160, 192), 2)).shape == (2, 3, 160, 192)
+
+
 def test_a_model_that_predicts_the_next_token_writes_its_own_inputs():
     """What it writes is likely to it, at random tokens are not; and it is the same whenever it is asked."""
     transformers = optional("transformers", "hf")

@@ -72,5 +72,6 @@ def provenance(known: Calibration, in_order: bool) -> dict[str, Any]:
         "calibration_held": held,
         "frobenius_layers": sorted(known.missing),
         **({"approximate_moments": dict(sorted(known.approximate.items()))} if known.approximate else {}),
+        **({"weighted_layers": sorted(known.weights)} if known.weights else {}),
         "fitted": "in forward order" if in_order else "layer by layer",
     }

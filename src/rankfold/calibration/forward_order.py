@@ -25,7 +25,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from rankfold.calibration.in_step import Networks, Place, in_step
-from rankfold.calibration.patches import patches_of, thinning_of
+from rankfold.calibration.patches import thinning_of
+from rankfold.calibration.positions import weighted_patches
 from rankfold.calibration.sums import MomentSum
 from rankfold.decompositions import energy_of, wiring_of
 from rankfold.decompositions.metric import IDENTITY, Moment
@@ -57,13 +58,15 @@ def refit_(
     batches: Iterable[Inputs],
     *,
     moments: Mapping[str, Moment] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
     progress: Progress = silent,
 ) -> Plan:
     """Fits the student's factors in forward order, in place, and returns the plan with the errors they now have.
 
     `student` is the model as `apply_plan` compressed it, `batches` what is iterated over once per layer. Biases and
     batch norms that follow a layer get the mean and variance its outputs lost; those of a layer that is called more
-    than once in a pass stay. `moments` are the metric of the plan's errors. Raises DataError for batches that do not
+    than once in a pass stay. `moments` are the metric of the plan's errors, `weights` those of the places of layers'
+    outputs (`rankfold.calibration.positions`). Raises DataError for batches that do not
     fit the model.
     """
     place_of_ridge = len(RIDGES) // 2
@@ -72,7 +75,7 @@ def refit_(
     with evaluating(model), evaluating(student), in_step(pair, batches) as passes:
         for done, place in enumerate(passes.places):
             progress("fitting in forward order", done, len(passes.places))
-            halves = _collected(pair, place, passes.seen(place), passes.active(place))
+            halves = _collected(pair, place, passes.seen(place), passes.active(place), weights or {})
             found, place_of_ridge = _fitted(pair, place, halves, place_of_ridge)
             if place.calls == 1:
                 _recentre_(pair, place, halves[0] + halves[1], found)
@@ -110,12 +113,13 @@ class _Pairs:
         self.output_sum = self.cross.new_zeros(layer.groups, layer.outputs)
         self.output_squares = torch.zeros_like(self.output_sum)
 
-    def add(self, rows: Tensor, patches: Tensor) -> None:
-        """Adds outputs (g, positions, o) and the patches (g, positions, n) in their place."""
-        self.inputs.add(patches)
-        self.cross += (rows.mT @ patches).double()
-        self.output_sum += rows.sum(1).double()
-        self.output_squares += rows.square().sum(1).double()
+    def add(self, rows: Tensor, patches: Tensor, weights: Tensor | None) -> None:
+        """Adds outputs (g, positions, o) and the patches (g, positions, n) in their place, each with its weight."""
+        self.inputs.add(patches, weights=weights)
+        weighted = rows if weights is None else rows * weights[:, None]
+        self.cross += (weighted.mT @ patches).double()
+        self.output_sum += weighted.sum(1).double()
+        self.output_squares += (weighted * rows).sum(1).double()
 
     def __add__(self, other: _Pairs) -> _Pairs:
         """The sums over the pairs of both."""
@@ -127,21 +131,21 @@ class _Pairs:
     @property
     def input_mean(self) -> Float64[Tensor, "g n"]:
         """E[x̃]."""
-        return cast(Tensor, self.inputs.sum) / max(self.inputs.positions, 1)
+        return cast(Tensor, self.inputs.sum) / (self.inputs.total or 1.0)
 
     @property
     def output_mean(self) -> Float64[Tensor, "g o"]:
         """E[W x], the layer's bias included."""
-        return self.output_sum / max(self.inputs.positions, 1)
+        return self.output_sum / (self.inputs.total or 1.0)
 
     @property
     def output_variance(self) -> Float64[Tensor, "g o"]:
         """Var[W x]."""
-        return (self.output_squares / max(self.inputs.positions, 1) - self.output_mean.square()).clamp_min(0)
+        return (self.output_squares / (self.inputs.total or 1.0) - self.output_mean.square()).clamp_min(0)
 
     def moments(self, centred: bool, bias: Tensor | None) -> tuple[Float64[Tensor, "g n n"], Float64[Tensor, "g o n"]]:
         """S and C of the module's head, about the means or, without the layer's bias, about zero."""
-        square, cross = cast(Tensor, self.inputs.moment().joint), self.cross / max(self.inputs.positions, 1)
+        square, cross = cast(Tensor, self.inputs.moment().joint), self.cross / (self.inputs.total or 1.0)
         if centred:
             mean = self.input_mean
             return square - _outer(mean, mean).to(square), cross - _outer(self.output_mean, mean)
@@ -151,7 +155,11 @@ class _Pairs:
 
 
 def _collected(
-    pair: Networks, place: Place, seen: Iterable[tuple[int, Tensor, Tensor]], batches: int
+    pair: Networks,
+    place: Place,
+    seen: Iterable[tuple[int, Tensor, Tensor]],
+    batches: int,
+    weights: Mapping[str, Tensor],
 ) -> tuple[_Pairs, _Pairs]:
     """The sums of a place over two halves of the examples."""
     module, original = (one.get_submodule(place.layer.name) for one in (pair.skeleton, pair.model))
@@ -160,12 +168,12 @@ def _collected(
     for number, output, x in seen:
         thinning = thinning_of(original, output, number, batches)
         rows, start = pair.rows(place, output, thinning), 0
-        for part in patches_of(module, x, thinning):
-            middle, end = start + (part.shape[1] + number % 2) // 2, start + part.shape[1]
-            patches = part.to(rows.dtype)
-            halves[0].add(rows[:, start:middle], patches[:, : middle - start])
-            halves[1].add(rows[:, middle:end], patches[:, middle - start :])
-            start = end
+        for part, counts in weighted_patches(module, x, thinning, weights.get(place.layer.name)):
+            patches, given = part.to(rows.dtype), rows[:, start : start + part.shape[1]]
+            middle = (part.shape[1] + number % 2) // 2
+            for half, own in zip(halves, (slice(middle), slice(middle, None)), strict=True):
+                half.add(given[:, own], patches[:, own], None if counts is None else counts[own])
+            start += part.shape[1]
     return halves
 
 
@@ -193,7 +201,9 @@ def _fitted(
         else:
             wiring = wiring_of(layer.decomposition, shape_of(module))
             start = tuple(one.detach().double() for one in stage_factors(own, module, wiring, layer.ranks))
-            fitted = refine(target, wiring, start, Moment(joint=square, positions=pairs.inputs.positions).shrunk())
+            fitted = refine(
+                target, wiring, start, Moment(joint=square, positions=pairs.inputs.moment().positions).shrunk()
+            )
             write_factors_(weights_of_stages(own), shape_of(module), wiring, fitted)
     return composed_weight(own).detach().double(), tried
 

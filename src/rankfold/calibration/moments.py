@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.calibration.patches import patches_of, thinning_of
+from rankfold.calibration.patches import thinning_of
+from rankfold.calibration.positions import position_weights, weighted_patches
 from rankfold.calibration.store import Stored
 from rankfold.calibration.sums import PRODUCT, SKETCH, MomentSum
 from rankfold.decompositions.metric import Moment
@@ -41,7 +42,8 @@ class Calibration:
     `approximate` says of moments that are not kept whole what stands for them.
 
     `inputs` are the batches themselves, empty where they were used up by measuring; `samples` counts what is in them.
-    `held` are others, on which what was made by the moments is judged.
+    `held` are others, on which what was made by the moments is judged. `weights` are those of the places of layers'
+    outputs, where they count unequally.
     """
 
     moments: Mapping[str, Moment]
@@ -53,6 +55,7 @@ class Calibration:
     inputs: Iterable[Inputs] = field(default=(), repr=False)
     held: Sequence[Inputs] = field(default=(), repr=False)
     approximate: Mapping[str, str] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def calibrate(
@@ -70,18 +73,22 @@ def calibrate(
     A batch is a tensor, a tuple or list of positional arguments, or a dict of keyword arguments; the model is run in
     evaluation mode, and left as it was. Where moments take more than a share of the memory there is (`rankfold.memory`)
     they are measured part by part and kept in files. Where patches are few for their size, moments are mixed with the
-    identity (`Moment.shrunk`) unless `shrink` is false. A layer that is never called is listed as missing. Raises
-    DataError for batches that are empty, do not fit the model, or lead to values that are not finite.
+    identity (`Moment.shrunk`) unless `shrink` is false. Where a network's outputs hang on a few places of what a layer
+    gives, such as a class token, these count more (`rankfold.calibration.positions`). A layer that is never called is
+    listed as missing. Raises DataError for batches that are empty, do not fit the model, or lead to values that are not
+    finite.
     """
     modules = {name: model.get_submodule(name) for layer in layers for name in (layer.name, *layer.aliases)}
     modules = {name: module for name, module in modules.items() if not known_kind(module).lookup}
     owners = {name: layer.name for layer in layers for name in (layer.name, *layer.aliases)}
     parts = _in_memory(modules, owners, once=isinstance(batches, Iterator))
+    matrices = [layer.name for layer in layers if known_kind(model.get_submodule(layer.name)).axes == 0]
+    weights = {} if isinstance(batches, Iterator) else position_weights(model, matrices, batches)
     moments: Stored | dict[str, Moment] = Stored() if len(parts) > 1 else {}
     approximate: dict[str, str] = {}
     for number, part in enumerate(parts):
         what = f"calibrating, {number + 1} of {len(parts)}" if len(parts) > 1 else "calibrating"
-        made, count, samples = _measured(model, part, batches, partial(progress, what), shrink=shrink)
+        made, count, samples = _measured(model, part, batches, partial(progress, what), weights, shrink=shrink)
         for names, moment in made:
             moments.update(dict.fromkeys(names, moment))
             if moment.joint is None:
@@ -95,7 +102,7 @@ def calibrate(
         if layer.name not in moments
     }
     kept = () if isinstance(batches, Iterator) else batches
-    return Calibration(moments, missing, count, source, reason, samples, kept, approximate=approximate)
+    return Calibration(moments, missing, count, source, reason, samples, kept, (), approximate, weights)
 
 
 def _in_memory(
@@ -120,14 +127,17 @@ def _measured(
     owners: Mapping[nn.Module, str],
     batches: Iterable[Any],
     progress: Callable[[int, int], None],
+    weights: Mapping[str, Tensor],
     *,
     shrink: bool,
 ) -> tuple[Iterator[tuple[list[str], Moment]], int, int]:
     """Moments with the layers that they are of, over all batches; how many batches there were, and examples in them."""
     try:
-        watch, count, samples = _watched(model, owners, batches, progress, shared=not isinstance(batches, Iterator))
+        watch, count, samples = _watched(
+            model, owners, batches, progress, weights, shared=not isinstance(batches, Iterator)
+        )
     except _Apart:
-        watch, count, samples = _watched(model, owners, batches, progress, shared=False)
+        watch, count, samples = _watched(model, owners, batches, progress, weights, shared=False)
     if count == 0:
         raise DataError("the calibration inputs are empty; give at least one batch")
     progress(count, count)
@@ -139,11 +149,12 @@ def _watched(
     owners: Mapping[nn.Module, str],
     batches: Iterable[Any],
     progress: Callable[[int, int], None],
+    weights: Mapping[str, Tensor],
     *,
     shared: bool,
 ) -> tuple[_Watch, int, int]:
     """What went into some modules over all batches; how many batches there were, and examples in them."""
-    watch, count, samples = _Watch(owners, count_of(batches), shared=shared), 0, 0
+    watch, count, samples = _Watch(owners, count_of(batches), weights, shared=shared), 0, 0
     with watch.hooked():
         for batch in batches:
             progress(count, max(count_of(batches), count + 1))
@@ -163,12 +174,15 @@ class _Watch:
     """Adds up the patches of every call of some modules, which are parts of layers, by the layers' names.
 
     Of several processes each does so for some layers. Layers that read the very same tensor, as query, key and value
-    do, have one sum if they are `shared`; where that is not so in all passes, _Apart is raised. Where every layer is
-    called once in every pass, a pass ends at the last of them: a language model's head is costly.
+    do, have one sum if they are `shared` and all places count alike; where that is not so in all passes, _Apart is
+    raised. Where every layer is called once in every pass, a pass ends at the last of them: a language model's head is
+    costly.
     """
 
-    def __init__(self, owners: Mapping[nn.Module, str], batches: int, *, shared: bool) -> None:
-        self.owners, self.batches, self.shared = owners, batches, shared
+    def __init__(
+        self, owners: Mapping[nn.Module, str], batches: int, weights: Mapping[str, Tensor], *, shared: bool
+    ) -> None:
+        self.owners, self.batches, self.weights, self.shared = owners, batches, weights, shared
         self.sums: dict[str, MomentSum] = {}
         self.own: dict[str, bool] = {}
         self.firsts: dict[str, str] = {}
@@ -204,7 +218,8 @@ class _Watch:
         name, kind, x = self.owners[module], known_kind(module), args[0] if args else next(iter(kwargs.values()))
         number = self._calls.get(name, 0)
         self._calls[name] = number + 1
-        first = self._first_of(name, x) if self.shared and kind.axes == 0 and not kind.stacked else name
+        alike = kind.axes == 0 and not kind.stacked and name not in self.weights
+        first = self._first_of(name, x) if self.shared and alike else name
         if self.firsts.setdefault(name, first) != first:
             raise _Apart
         if first == name:
@@ -213,8 +228,9 @@ class _Watch:
                 self.own[name] = owned(len(self.own))
             group = int(args[1]) if kind.stacked else None
             thinning = slice(None) if group is not None else thinning_of(module, output, number, self.batches)
-            for patches in patches_of(module, x.detach(), thinning) if self.own[name] else ():
-                self.sums[name].add(patches, group)
+            if self.own[name]:
+                for patches, weights in weighted_patches(module, x.detach(), thinning, self.weights.get(name)):
+                    self.sums[name].add(patches, group, weights)
         if self._once and set(self._calls.values()) == {number + 1}:
             raise Reached
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from rankfold.calibration.in_step import most_waiting
 from rankfold.calibration.moments import forward_batch
+from rankfold.calibration.positions import by_row, position_weights
 from rankfold.calibration.walks import walking
 from rankfold.errors import ArtifactError, BudgetError
 from rankfold.memory import trim
@@ -113,6 +114,7 @@ def refine_(
     changed = readers | {layer.name for layer in plan.changed}
     blocks = find_blocks(model, student, seen[0], changed, given=refining.blocks)
     both, found = [*judged, *seen], []
+    weights = position_weights(model, blocks, batches)
     kept = _Kept.opened(refining, plan, both)
     theirs, own = _walks(model, blocks, both), _walks(student, blocks, both, arguments=True)
     with evaluating(model), evaluating(student), theirs as originals, own as walks:
@@ -126,7 +128,7 @@ def refine_(
                 done = kept.read_(place, own_parameters)
                 if done is None:
                     targets = _mixed(model.get_submodule(name), inputs, cast("list[Tensor]", wanted), refining.mixed)
-                    examples = _Examples(inputs, targets, len(judged))
+                    examples = _Examples(inputs, targets, len(judged), weights.get(name))
                     done = _descended(module, own_parameters, examples, refining.epochs)
                     kept.write(place, own_parameters, done)
                 found.append(Refined(name, *done))
@@ -215,11 +217,15 @@ class _Kept:
 
 @dataclass(frozen=True)
 class _Examples:
-    """What a block is called with, and is to give, batch by batch; the first ones, some that are `held`, judge it."""
+    """What a block is called with, and is to give, batch by batch; the first ones, some that are `held`, judge it.
+
+    `weights` are those of the places of what it gives, where they count unequally.
+    """
 
     calls: list[Call]
     wanted: list[Tensor]
     held: int
+    weights: Tensor | None = None
 
     @property
     def seen(self) -> range:
@@ -234,13 +240,19 @@ class _Examples:
 
     def energy(self, places: range) -> float:
         """The square of what the block is to give, over some batches."""
-        return sum(float(self.wanted[place].square().sum()) for place in places)
+        return sum(float(self._square(self.wanted[place])) for place in places)
 
     def lost(self, module: nn.Module, place: int) -> Tensor:
         """The squared error of a batch, differentiable in the module's parameters."""
         args, kwargs = _fresh(self.calls[place])
         output = cast(Tensor, first_tensor(module(*args, **kwargs)))
-        return (output - self.wanted[place]).float().square().sum()
+        return self._square((output - self.wanted[place]).float())
+
+    def _square(self, given: Tensor) -> Tensor:
+        counts = by_row(self.weights, given)
+        if counts is None:
+            return given.square().sum()
+        return counts @ given.square().sum(-1).flatten()
 
 
 def _descended(

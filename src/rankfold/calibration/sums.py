@@ -46,26 +46,29 @@ class MomentSum:
         self.inputs = zeros(groups, inputs, inputs) if split else None
         self.taps = zeros(groups, taps, taps) if split else None
         self.sum = zeros(groups, inputs * taps) if self.rows is None else None
-        self.positions = 0
+        self.positions, self.total, self.squares = 0, 0.0, 0.0
         self.routed = layer.routed
 
-    def add(self, patches: Tensor, group: int | None = None) -> None:
-        """Adds patches (g, positions, inputs × taps), or those (1, …) of one of the groups."""
+    def add(self, patches: Tensor, group: int | None = None, weights: Tensor | None = None) -> None:
+        """Adds patches (g, positions, inputs × taps), or those (1, …) of one of the groups, each with its weight."""
         positions = patches.shape[1]
         patches = patches.float() if patches.dtype in (torch.float16, torch.bfloat16) else patches
         self.positions += positions
+        self.total += positions if weights is None else float(weights.sum())
+        self.squares += positions if weights is None else float(weights.square().sum())
+        weighted = patches if weights is None else patches * weights[:, None]
         places = slice(None) if group is None else slice(group, group + 1)
         if self.sum is not None:
-            self.sum[places] += patches.sum(1).double()
+            self.sum[places] += weighted.sum(1).double()
         if self.joint is not None:
             joint, size = self.joint[places], self.joint.shape[-1]
             width = max(SMALLEST_BLOCK, size // BLOCKS)
             for start in range(0, size, width):
-                block = patches[..., start : start + width]
+                block = weighted[..., start : start + width]
                 joint[:, start:, start : start + width] += patches[..., start:].mT @ block
             return
         if self.rows is not None:
-            self.rows.append(patches.float())
+            self.rows.append((patches if weights is None else patches * weights.sqrt()[:, None]).float())
             if sum(one.shape[1] for one in self.rows) > LARGEST_SKETCH:
                 self.rows = [_sketched(torch.cat(self.rows, 1), self.positions)]
             return
@@ -80,7 +83,8 @@ class MomentSum:
         for name in ("joint", "sum", "inputs", "taps", "rows"):
             own = getattr(self, name)
             setattr(total, name, None if own is None else own + getattr(other, name))
-        total.positions = self.positions + other.positions
+        for name in ("positions", "total", "squares"):
+            setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
 
     @property
@@ -97,21 +101,22 @@ class MomentSum:
         return all(bool(torch.isfinite(tensor).all()) for tensor in kept)
 
     def moment(self) -> Moment:
-        """The mean outer product."""
-        count = max(self.positions, 1)
+        """The mean outer product, of as many positions as would tell as much if all counted alike."""
+        count = self.total or 1.0
+        positions = round(self.total**2 / (self.squares or 1.0))
         if self.joint is not None:
             below = self.joint.tril() / count
             joint = below + below.tril(-1).mT
             if self.routed:
                 joint = joint + UNSEEN * joint.mean(0, keepdim=True)
             mean = None if self.routed else cast(Tensor, self.sum) / count
-            return Moment(joint=joint, positions=self.positions, mean=mean)
+            return Moment(joint=joint, positions=positions, mean=mean)
         if self.rows is not None:
-            return Moment(rows=torch.cat(self.rows, 1) / count**0.5, positions=self.positions)
+            return Moment(rows=torch.cat(self.rows, 1) / count**0.5, positions=positions)
         _, inputs, taps = self.shape
         by_inputs, by_taps = cast(Tensor, self.inputs) / (count * taps), cast(Tensor, self.taps) / (count * inputs)
         square = by_taps.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-300)[:, None, None]
-        return Moment(inputs=by_inputs, taps=by_taps / square, positions=self.positions)
+        return Moment(inputs=by_inputs, taps=by_taps / square, positions=positions)
 
 
 def _sketched(rows: Tensor, seed: int) -> Tensor:

@@ -42,6 +42,8 @@ TOKENS = 2**13
 """Tokens of all of them together, about."""
 POSITIONS = 2**19
 """Positions (pixels) of all of them together, between these bounds."""
+LARGE, SMALLER = 192, 96
+"""Smallest side from which on images are made of half the size, where a network takes them, and how many at least."""
 CORRELATION = 0.9
 """Correlation between colours."""
 STEPS = 15
@@ -120,9 +122,9 @@ def synthetic_like(
         args, kwargs = arguments_of(example_inputs)
         (example,) = (*args, *kwargs.values())
         batch = _batch_size(model, len(example), lambda rows: torch.cat([example] * (rows // len(example))))
-        return synthetic_inputs(
-            model, shape, count or usual_count(shape), seed=seed, batch_size=batch, progress=progress
-        )
+        half = _half(model, shape) if batch == BATCH else None
+        count = count or (max(SMALLER, usual_count(half)) if half else usual_count(shape))
+        return synthetic_inputs(model, half or shape, count, seed=seed, batch_size=batch, progress=progress)
     tokens = tokens_of(model, example_inputs)
     if tokens is None:
         raise DataError(
@@ -144,6 +146,39 @@ def synthetic_like(
     else:
         drawn = random_rows(example, vocabulary, count, seed=seed)
     return batches_like(example_inputs, place, drawn, batch)
+
+
+def _half(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Images of half the size, where these are large, and there are batch norms that tell what they should be like.
+
+    Four of them have as many patches as one, and more that differ. They will do where all that has places in the
+    network has fewer for them: not behind a pooling to 7×7, or where positions have embeddings.
+    """
+    if len(shape) != 3 or min(shape[1:]) < LARGE or not _norms(model):
+        return None
+    half = (shape[0], *(side // 2 for side in shape[1:]))
+    try:
+        whole, small = (_places(model, one) for one in (shape, half))
+    except Exception:  # what a network does with inputs of another size is its own
+        return None
+    return half if whole and all(small.get(name, size) < size for name, size in whole.items()) else None
+
+
+def _places(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
+    """How many places the outputs of the modules without parts have for an input, where they have several."""
+    found: dict[str, int] = {}
+
+    def watch(name: str) -> Any:
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.ndim > 2 and (places := math.prod(output.shape[2:])) > 1:
+                found[name] = places
+
+        return note
+
+    leaves = {name: module for name, module in model.named_modules() if not any(True for _ in module.children())}
+    with attached(module.register_forward_hook(watch(name)) for name, module in leaves.items()):
+        run(model, torch.zeros(1, *shape, dtype=next(p.dtype for p in model.parameters() if p.is_floating_point())))
+    return found
 
 
 def _batch_size(model: nn.Module, rows: int, repeated: Callable[[int], Inputs]) -> int:

@@ -1,0 +1,152 @@
+"""What positions count: how much a network's outputs depend on each place of what its layers give.
+
+A network that says one thing of many places may read it from a few: a vision transformer's class token stands for all
+patches, and what its last layers give in these goes nowhere. Least squares over all places alike would fit what is not
+used. So each has a weight: the root of the mean square of the gradient of log p(y|x) with respect to what a layer gives
+there, with y drawn from the network's own distribution. The mean square itself is the trace of its part of the Fisher
+information (Kunstner et al., arXiv 1905.12558, section 2). With it a few places are nearly all that is fitted to, for
+which some hundreds of inputs are too few: DeiT-Tiny at 80 % of its MACs loses 7.7 points by it, by the root 6.2, and
+with all places alike 8.7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rankfold.calibration.patches import patches_of
+from rankfold.network.hooks import attached
+from rankfold.network.passes import (
+    Inputs,
+    arguments_of,
+    copied,
+    device_of,
+    evaluating,
+    examples_in,
+    few,
+    output_of,
+    run,
+    seeded,
+    split,
+    tensors_in,
+)
+
+EXAMPLES = 64
+"""Inputs whose gradients are taken, at most."""
+IN_PASS = 4
+"""Of them together: everything that their passes compute is kept for the way back."""
+UNEVEN = 4.0
+"""How many times the mean the largest weight is where places are not taken for alike."""
+LEAST = 0.05
+"""Part of every weight that does not depend on the gradients."""
+
+
+def position_weights(
+    model: nn.Module, names: Iterable[str], batches: Iterable[Inputs]
+) -> dict[str, Float[Tensor, " positions"]]:
+    """The weights, of mean 1, of the places of what some modules give, by the modules' names.
+
+    Only of outputs (examples, places…, features) of modules that are called once, where they are uneven, and of a
+    network that gives one row of numbers for an example; elsewhere all places count alike.
+    """
+    modules = {name: model.get_submodule(name) for name in names}
+    parts = split(few(batches, EXAMPLES), IN_PASS)
+    if not parts or not (seen := _with_places(model, modules, few(parts, 1)[0])):
+        return {}
+    sums: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+    for part in parts:
+        for name, gradient in _gradients(model, seen, part, generator).items():
+            squares = gradient.double().square().sum(-1).flatten(1).sum(0)
+            if name in sums and len(sums[name]) != len(squares):  # inputs of several lengths
+                return {}
+            sums[name] = sums.get(name, 0.0) + squares
+    roots = {name: total.sqrt() for name, total in sums.items() if total.sum() > 0}
+    weights = {name: root / root.mean() for name, root in roots.items()}
+    return {name: LEAST + (1 - LEAST) * one for name, one in weights.items() if one.max() > UNEVEN}
+
+
+def by_row(weights: Tensor | None, x: Float[Tensor, "examples *places features"]) -> Float[Tensor, " rows"] | None:
+    """The weight of each row of what goes into a module, or comes out; None where all count alike."""
+    if weights is None or x[0, ..., 0].numel() != len(weights):
+        return None
+    return weights.to(x).repeat(len(x))
+
+
+def weighted_patches(
+    module: nn.Module, x: Tensor, thinning: slice, weights: Tensor | None
+) -> Iterator[tuple[Float[Tensor, "g rows n"], Float[Tensor, " rows"] | None]]:
+    """Patches of what goes into a layer, some at a time, and their weights, None where all count alike."""
+    own, start = by_row(weights, x), 0
+    thinned = None if own is None else own[thinning]
+    for patches in patches_of(module, x, thinning):
+        end = start + patches.shape[1]
+        yield patches, None if thinned is None else thinned[start:end]
+        start = end
+
+
+@torch.no_grad()
+def _with_places(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Inputs) -> dict[str, nn.Module]:
+    """The modules that give a row of numbers for each of several places of an example, in one call."""
+    found: dict[str, list[bool]] = {name: [] for name in modules}
+
+    def watch(name: str) -> Any:
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            first = next(iter(tensors_in(output)), None)
+            found[name].append(first is not None and first.ndim > 2 and len(first) == examples_in(inputs))
+
+        return note
+
+    hooks = (module.register_forward_hook(watch(name)) for name, module in modules.items())
+    with attached(hooks), evaluating(model), seeded(model):
+        output = output_of(run(model, inputs))
+    if output.ndim > 2 or len(torch.atleast_1d(output)) != examples_in(inputs):
+        return {}
+    return {name: modules[name] for name, calls in found.items() if calls == [True]}
+
+
+def _gradients(
+    model: nn.Module, modules: Mapping[str, nn.Module], inputs: Inputs, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Gradients of what the network says of some inputs with respect to what modules give.
+
+    None where the network has no derivative, by an operator without one or tensors made for inference alone.
+    """
+    given: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Any:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            given[name] = tensors_in(output)[0]
+
+        return keep
+
+    args, kwargs = arguments_of(copied(inputs, device_of(model)))
+    frozen = [one for one in model.parameters() if one.is_floating_point() and not one.requires_grad]
+    hooks = (module.register_forward_hook(watch(name)) for name, module in modules.items())
+    try:
+        with attached(hooks), evaluating(model), seeded(model), torch.enable_grad(), suppress(RuntimeError):
+            for one in frozen:
+                one.requires_grad_()
+            said = _said(output_of(model(*args, **kwargs)), generator)
+            gradients = torch.autograd.grad(said, list(given.values()), allow_unused=True)
+            return {name: one for name, one in zip(given, gradients, strict=True) if one is not None}
+    finally:
+        for one in frozen:
+            one.requires_grad_(False)
+    return {}
+
+
+def _said(output: Tensor, generator: torch.Generator) -> Tensor:
+    """The sum of log p(y|x) with classes y that are drawn from p; of other outputs, that of them with random signs."""
+    output = output.float()
+    if output.ndim > 1 and output.shape[1] > 1:
+        drawn = torch.multinomial(output.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+        return -functional.cross_entropy(output, drawn.to(output.device), reduction="sum")
+    signs = torch.randint(2, output.shape, generator=generator) * 2 - 1
+    return (output * signs.to(output)).sum()

@@ -1,0 +1,127 @@
+"""Weights of places: where a network's outputs hang on a few of them, and what they change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rankfold import Budget, compress
+from rankfold.calibration.moments import calibrate
+from rankfold.calibration.positions import LEAST, by_row, position_weights
+from rankfold.network.finding import find_layers
+
+PLACES, WIDTH = 33, 12
+
+
+class Layer(nn.Module):
+    """Attention of places to each other, and a perceptron in each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.linear1, self.linear2 = nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + (self.query(x) @ x.mT / WIDTH).softmax(-1) @ self.value(x)
+        return x + self.linear2(self.linear1(x).relu())
+
+
+class Encoder(nn.Module):
+    """Two transformer layers over places, of which the first, or the mean of all, is read; or every one."""
+
+    def __init__(self, reads: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.reads = reads
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head({"first": x[:, 0], "mean": x.mean(1), "all": x}[self.reads])
+
+
+def inputs(count: int = 40, seed: int = 1) -> list[torch.Tensor]:
+    """Batches in which the features of the first place have other sizes than those of all others."""
+    x, sizes = (
+        torch.randn(count, PLACES, WIDTH, generator=torch.Generator().manual_seed(seed)),
+        torch.linspace(0, 2, WIDTH),
+    )
+    x[:, 0] *= sizes
+    x[:, 1:] *= sizes.flip(0)
+    return list(x.split(8))
+
+
+def test_places_that_nothing_reads_have_the_least_weight():
+    found = position_weights(Encoder("first").eval(), ["layers.0.linear1", "layers.1.linear2", "head"], inputs())
+    assert "head" not in found, "it gives one row for an example"
+    torch.testing.assert_close(found["layers.1.linear2"][1:], torch.full((PLACES - 1,), LEAST).double())
+    assert found["layers.1.linear2"].mean() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("reads", ["mean", "all"])
+def test_elsewhere_all_places_count_alike(reads: str):
+    assert position_weights(Encoder(reads).eval(), ["layers.0.linear1", "layers.1.linear2"], inputs()) == {}
+
+
+def test_the_network_stays_as_it_was():
+    model = Encoder("first").train()
+    model.layers[0].requires_grad_(False)
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    flags = [one.requires_grad for one in model.parameters()]
+    first, second = (position_weights(model, ["layers.1.linear2"], inputs()) for _ in range(2))
+    assert torch.equal(first["layers.1.linear2"], second["layers.1.linear2"])
+    assert model.training
+    assert [one.requires_grad for one in model.parameters()] == flags
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+    assert all(one.grad is None for one in model.parameters())
+
+
+def test_a_network_without_a_derivative_counts_all_alike():
+    with torch.inference_mode():
+        model = Encoder("first").eval()
+    assert position_weights(model, ["layers.1.linear2"], inputs()) == {}
+
+
+def test_inputs_of_several_lengths_count_alike():
+    batches = [torch.randn(4, places, WIDTH) for places in (PLACES, PLACES - 1)]
+    assert position_weights(Encoder("first").eval(), ["layers.1.linear2"], batches) == {}
+
+
+def test_moments_are_weighted_means():
+    model = Encoder("first").eval()
+    layers = find_layers(model, inputs()[0][:1]).found
+    known = calibrate(model, layers, inputs(), shrink=False)
+    name = "layers.1.linear2"
+    seen: list[torch.Tensor] = []
+    model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().double()))
+    with torch.no_grad():
+        for batch in inputs():
+            model(batch)
+    x = torch.cat(seen)
+    rows, weights = x.flatten(0, 1), by_row(known.weights[name], x)
+    moment = known.moments[name]
+    torch.testing.assert_close(moment.joint[0], (rows * weights[:, None]).T @ rows / weights.sum(), check_dtype=False)
+    torch.testing.assert_close(moment.mean[0], weights @ rows / weights.sum(), check_dtype=False)
+    assert moment.positions == round(float(weights.sum() ** 2 / weights.square().sum())) < len(rows)
+
+
+def test_what_is_read_comes_out_closer(monkeypatch: pytest.MonkeyPatch):
+    """At the same budget, with weights and without, on inputs that were not seen."""
+    model = Encoder("first").eval()
+    others = torch.cat(inputs(200, seed=2))
+    lost = []
+    for module in ("moments", "refining"):
+        for weights in (position_weights, lambda *_: {}):
+            monkeypatch.setattr(f"rankfold.calibration.{module}.position_weights", weights)
+            made = compress(
+                model, others[:1], decomposition="svd", budget=Budget(params=0.5), calibration=inputs(400),
+                refine=2 if module == "refining" else 0,
+            ).model  # fmt: skip
+            with torch.no_grad():
+                lost.append(float((made(others) - model(others)).square().mean()))
+        monkeypatch.undo()
+    assert lost[0] < lost[1]
+    assert lost[2] < lost[3]
