@@ -66,8 +66,7 @@ def refit_(
     `student` is the model as `apply_plan` compressed it, `batches` what is iterated over once per layer. Biases and
     batch norms that follow a layer get the mean and variance its outputs lost; those of a layer that is called more
     than once in a pass stay. `moments` are the metric of the plan's errors, `weights` those of the places of layers'
-    outputs (`rankfold.calibration.positions`). Raises DataError for batches that do not
-    fit the model.
+    outputs (`rankfold.calibration.positions`). Raises DataError for batches that do not fit the model.
     """
     place_of_ridge = len(RIDGES) // 2
     skeleton = narrow_(sharing(model), plan.narrowings) if plan.narrowings else model

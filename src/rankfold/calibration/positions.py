@@ -116,7 +116,7 @@ def _gradients(
 ) -> dict[str, Tensor]:
     """Gradients of what the network says of some inputs with respect to what modules give.
 
-    None where the network has no derivative, by an operator without one or tensors made for inference alone.
+    Nothing where the network has no derivative, by an operator without one or tensors made for inference alone.
     """
     given: dict[str, Tensor] = {}
 
