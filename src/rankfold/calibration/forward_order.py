@@ -130,21 +130,21 @@ class _Pairs:
     @property
     def input_mean(self) -> Float64[Tensor, "g n"]:
         """E[x̃]."""
-        return cast(Tensor, self.inputs.sum) / (self.inputs.total or 1.0)
+        return cast(Tensor, self.inputs.sum) / self.inputs.count
 
     @property
     def output_mean(self) -> Float64[Tensor, "g o"]:
         """E[W x], the layer's bias included."""
-        return self.output_sum / (self.inputs.total or 1.0)
+        return self.output_sum / self.inputs.count
 
     @property
     def output_variance(self) -> Float64[Tensor, "g o"]:
         """Var[W x]."""
-        return (self.output_squares / (self.inputs.total or 1.0) - self.output_mean.square()).clamp_min(0)
+        return (self.output_squares / self.inputs.count - self.output_mean.square()).clamp_min(0)
 
     def moments(self, centred: bool, bias: Tensor | None) -> tuple[Float64[Tensor, "g n n"], Float64[Tensor, "g o n"]]:
         """S and C of the module's head, about the means or, without the layer's bias, about zero."""
-        square, cross = cast(Tensor, self.inputs.moment().joint), self.cross / (self.inputs.total or 1.0)
+        square, cross = cast(Tensor, self.inputs.moment().joint), self.cross / self.inputs.count
         if centred:
             mean = self.input_mean
             return square - _outer(mean, mean).to(square), cross - _outer(self.output_mean, mean)
@@ -200,9 +200,7 @@ def _fitted(
         else:
             wiring = wiring_of(layer.decomposition, shape_of(module))
             start = tuple(one.detach().double() for one in stage_factors(own, module, wiring, layer.ranks))
-            fitted = refine(
-                target, wiring, start, Moment(joint=square, positions=pairs.inputs.moment().positions).shrunk()
-            )
+            fitted = refine(target, wiring, start, Moment(joint=square, positions=pairs.inputs.effective).shrunk())
             write_factors_(weights_of_stages(own), shape_of(module), wiring, fitted)
     return composed_weight(own).detach().double(), tried
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rankfold.calibration.patches import patches_of
+from rankfold.network.blocks import first_tensor
 from rankfold.network.hooks import attached
 from rankfold.network.passes import (
     Inputs,
@@ -34,7 +35,6 @@ from rankfold.network.passes import (
     run,
     seeded,
     split,
-    tensors_in,
 )
 
 EXAMPLES = 64
@@ -91,20 +91,19 @@ def weighted_patches(
         start = end
 
 
-@torch.no_grad()
 def _with_places(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Inputs) -> dict[str, nn.Module]:
     """The modules that give a row of numbers for each of several places of an example, in one call."""
     found: dict[str, list[bool]] = {name: [] for name in modules}
 
     def watch(name: str) -> Any:
         def note(module: nn.Module, args: Any, output: Any) -> None:
-            first = next(iter(tensors_in(output)), None)
+            first = first_tensor(output)
             found[name].append(first is not None and first.ndim > 2 and len(first) == examples_in(inputs))
 
         return note
 
     hooks = (module.register_forward_hook(watch(name)) for name, module in modules.items())
-    with attached(hooks), evaluating(model), seeded(model):
+    with attached(hooks):
         output = output_of(run(model, inputs))
     if output.ndim > 2 or len(torch.atleast_1d(output)) != examples_in(inputs):
         return {}
@@ -122,7 +121,7 @@ def _gradients(
 
     def watch(name: str) -> Any:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            given[name] = tensors_in(output)[0]
+            given[name] = cast(Tensor, first_tensor(output))
 
         return keep
 

@@ -88,6 +88,16 @@ class MomentSum:
         return total
 
     @property
+    def count(self) -> float:
+        """What a sum is divided by for its mean: all weights together."""
+        return self.total or 1.0
+
+    @property
+    def effective(self) -> int:
+        """How many positions would tell as much if all counted alike."""
+        return round(self.total**2 / (self.squares or 1.0))
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the sum takes, at most."""
         kept = [tensor for tensor in (self.joint, self.sum, self.inputs, self.taps) if tensor is not None]
@@ -101,9 +111,8 @@ class MomentSum:
         return all(bool(torch.isfinite(tensor).all()) for tensor in kept)
 
     def moment(self) -> Moment:
-        """The mean outer product, of as many positions as would tell as much if all counted alike."""
-        count = self.total or 1.0
-        positions = round(self.total**2 / (self.squares or 1.0))
+        """The mean outer product, and how many positions tell it."""
+        count, positions = self.count, self.effective
         if self.joint is not None:
             below = self.joint.tril() / count
             joint = below + below.tril(-1).mT
