@@ -1,10 +1,10 @@
-"""Draws docs/accuracy.svg: the accuracy that networks keep over the MACs that they keep, from their best records."""
+"""Draws docs/accuracy.svg: the accuracy that networks keep over the MACs that they keep, refined most."""
 
 from __future__ import annotations
 
 from html import escape
 
-from tables import NETWORKS, ROOT, best
+from tables import NETWORKS, ROOT, most_refined
 
 from rankfold.reports.page.pictures import Axis
 
@@ -43,7 +43,7 @@ def main() -> None:
         at = across.place(tick / 100)
         parts.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{tick} %</text>')
     for number, (model, name) in enumerate(NETWORKS.items()):
-        kept = [(one["macs_kept"], one["top1"] / one["base_top1"]) for one in best(model)]
+        kept = [(one["macs_kept"], one["top1"] / one["base_top1"]) for one in most_refined(model)]
         points = [(across.place(x), up.place(y)) for x, y in (*kept, (1.0, 1.0)) if y >= LEAST]
         parts.append(f'<polyline class="s{number}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>')
         parts += [f'<circle class="s{number}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for x, y in points]

@@ -397,7 +397,7 @@ ACCURACY = {
     "lost": "points lost",
     "seconds": "seconds",
 }
-"""The columns of the best records at every budget."""
+"""The columns of the last records at every budget."""
 DEFAULT = {
     "method": "",
     "top1": "top-1 %",
@@ -439,19 +439,25 @@ PAPER = {
     "epochs": "epochs",
     "teacher": "teacher",
     "inputs": "trained on",
+    "device": "device",
 }
 """The columns of networks of the paper's sizes."""
 
 
-def best(model: str) -> list[dict[str, Any]]:
-    """The record of the highest accuracy at every budget, from given inputs without training of the whole network."""
+def most_refined(model: str) -> list[dict[str, Any]]:
+    """The last records at every budget, of most refining, from given inputs without training of the whole network."""
     found: dict[float, dict[str, Any]] = {}
     for one in (*gathered("units"), *gathered("refining")):
         if one.get("model") == model and "top1" in one and one.get("calibration", "given inputs") == "given inputs":
             budget = round(one["macs_kept"], 2)
-            if budget not in found or one["top1"] > found[budget]["top1"]:
+            if budget not in found or _recency(one) >= _recency(found[budget]):
                 found[budget] = {"epochs": 0, "copies": 0, **one, "network": NETWORKS[model]}
     return [found[budget] for budget in sorted(found)]
+
+
+def _recency(one: dict[str, Any]) -> tuple[str, int]:
+    """The day of a record, and its epochs of refining by blocks, a copy of the inputs counting as much as they do."""
+    return one["date"], int(one.get("epochs", 0) * (1 + one.get("copies", 0)))
 
 
 PUBLISHED: tuple[list[Any], ...] = (
@@ -499,17 +505,20 @@ def _tops(one: dict[str, Any]) -> list[float]:
 
 
 def trained() -> list[dict[str, Any]]:
-    """The best long run of every size of the paper's, with all its epochs."""
-    longest = [one for one in newest("finetune") if one["case"] in ("tt", "cp", "fifth") and one["epochs"] >= 10]
-    last = {one["case"]: one for one in sorted(longest, key=lambda one: one["top1"])}
-    ours = [{**one, "epochs": one["epochs"] + one["epochs_before"]} for one in last.values()]
-    return sorted(ours, key=lambda one: -one["macs_kept"])
+    """The last of the longest runs of every size of the paper's, with all its epochs."""
+    runs = [
+        {**one, "epochs": one["epochs"] + one["epochs_before"], "device": one.get("device", "cpu")}
+        for one in newest("finetune")
+        if one["case"] in ("tt", "cp", "fifth")
+    ]
+    longest = {one["case"]: one for one in sorted(runs, key=lambda one: (one["epochs"], one["date"]))}
+    return sorted(longest.values(), key=lambda one: -one["macs_kept"])
 
 
 def _fill_guides() -> None:
     """The tables of docs/accuracy.md, docs/choosing.md and docs/quantisation.md."""
     docs = ROOT / "docs"
-    records = [one for model in NETWORKS for one in reversed(best(model))]
+    records = [one for model in NETWORKS for one in reversed(most_refined(model))]
     fill(docs / "accuracy.md", "accuracy", f"\n{rows_of(records, ACCURACY)}\n\n{source(records)}")
     ours = trained()
     fill(docs / "accuracy.md", "paper", f"\n{rows_of(ours, PAPER)}\n\n{source(ours)}")

@@ -2,7 +2,7 @@
 
 The network is the one that pruning papers take: thirteen 3×3 convolutions with batch norms, five poolings, one linear
 layer. It is trained on all 50,000 images, compressed with 512 of them without labels, and fine-tuned on all; the test
-images are read at the end. `--work` keeps the trained network, so that a second run starts from it.
+images are read at the end. `--work` keeps the trained and the compressed networks, and a second run starts from them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rankfold import Budget, Result, compress
+from rankfold import Budget, Plan, compress, load, save
 from rankfold.evaluation import accuracy
+from rankfold.files.artifact import load_metrics, load_plan
 from rankfold.sources.data import Dataset, Normalisation, open_dataset
 from rankfold.training import Losses, Training, fine_tune
 from rankfold.training.augment import cifar
@@ -112,6 +113,28 @@ def main() -> None:
     chosen = data.sample(512)
     images = [chosen.batch(at, at + 128)[0].to(given.device) for at in range(0, 512, 128)]
     for case in given.only or BUDGETS:
+        small, plan, seconds = _compressed(model, images, case, given)
+        kept = plan.after.kept(plan.before)
+        one = record(
+            case=f"{case}:{given.decomposition}:{given.epochs}",
+            budget=case,
+            decomposition=given.decomposition,
+            macs_kept=round(kept["macs"], 4),
+            params_kept=round(kept["params"], 4),
+            base_top1=round(base, 2),
+            compressed_top1=round(accuracy(small, tested).top1, 2),
+            seconds=round(seconds, 1),
+            device=torch.cuda.get_device_name() if given.device == "cuda" else "cpu",
+            data="CIFAR-10 test",
+            examples=len(tested),
+        )
+        keep([one | (_tuned(small, plan, model, data, tested, given) if given.epochs else {"epochs": 0})])
+
+
+def _compressed(model: nn.Module, images: list[Tensor], case: str, given: Namespace) -> tuple[nn.Module, Plan, float]:
+    """The network within a budget, its plan and how long it took; kept in `--work`, and taken from there."""
+    folder = given.work / f"{given.decomposition.replace(',', '-')}-{case}"
+    if not folder.exists():
         found = compress(
             model,
             images[0][:1],
@@ -120,31 +143,18 @@ def main() -> None:
             calibration=images,
             progress=_printed,
         )
-        kept = found.plan.after.kept(found.plan.before)
-        one = record(
-            case=f"{case}:{given.decomposition}:{given.epochs}",
-            budget=case,
-            decomposition=given.decomposition,
-            macs_kept=round(kept["macs"], 4),
-            params_kept=round(kept["params"], 4),
-            base_top1=round(base, 2),
-            compressed_top1=round(accuracy(found.model, tested).top1, 2),
-            seconds=round(found.seconds, 1),
-            device=torch.cuda.get_device_name() if given.device == "cuda" else "cpu",
-            data="CIFAR-10 test",
-            examples=len(tested),
-        )
-        keep([one | (_tuned(found, model, data, tested, given) if given.epochs else {"epochs": 0})])
+        save(found, folder, metrics={"seconds": found.seconds})
+    return load(folder, model), load_plan(folder), load_metrics(folder)["seconds"]
 
 
-def _tuned(found: Result, model: nn.Module, data: Dataset, tested: Dataset, given: Namespace) -> dict[str, Any]:
+def _tuned(
+    small: nn.Module, plan: Plan, model: nn.Module, data: Dataset, tested: Dataset, given: Namespace
+) -> dict[str, Any]:
     """What is recorded of a compressed network once it is fine-tuned, taught by its original."""
     training = Training(
         epochs=given.epochs, batch_size=given.batch_size, rate=given.rate, ema=given.ema, augment="cifar", damping=0.0
     )
-    tuned = fine_tune(
-        found.model, data, teacher=model, plan=found.plan, training=training, losses=Losses(), progress=_printed
-    )
+    tuned = fine_tune(small, data, teacher=model, plan=plan, training=training, losses=Losses(), progress=_printed)
     return {
         "epochs": training.epochs,
         "rate": training.rate,
