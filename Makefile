@@ -17,7 +17,7 @@ test: env
 	$(BIN)/ruff check src tests tools benchmarks
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
-	$(BIN)/pytest --numprocesses 2
+	$(BIN)/pytest --numprocesses 2 --dist worksteal
 	$(BIN)/mkdocs build --quiet
 
 docs: env
