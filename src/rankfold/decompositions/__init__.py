@@ -19,7 +19,7 @@ from rankfold.decompositions.cp3 import CP3
 from rankfold.decompositions.damped import damped, sensitivity
 from rankfold.decompositions.expansion import Decomposition, Expansion, Factors, Grid
 from rankfold.decompositions.metric import IDENTITY, Moment
-from rankfold.decompositions.refine import STEPS, energy_of, metric_error, refine
+from rankfold.decompositions.refine import STEPS, energy_of, metric_error, reached_error, refine
 from rankfold.decompositions.ring import RING
 from rankfold.decompositions.spatial import SPATIAL
 from rankfold.decompositions.svd import SVD
@@ -43,6 +43,7 @@ __all__ = [
     "expand",
     "family_of",
     "fit",
+    "fitted_error",
     "is_matrix",
     "is_polyadic",
     "metric_error",
@@ -129,16 +130,39 @@ def fit(
         return balance(wiring, WeightedExpansion(weight, wiring, moment).factors(ranks))
     expansion = expansion or expand(name, weight, shape, moment)
     rounds = sweeps if sweeps is not None else decomposition(name).sweeps if family_of(name, shape, ranks) else 0
-    whitening = None
-    if isinstance(expansion, WhitenedExpansion):
-        whitening = expansion.whitening
-        white = _alternated(expansion.weight, expansion.inner, shape, ranks, rounds, starts)
-        factors = whitening.unwhitened(wiring, white)
-    else:
-        factors = _alternated(weight.double(), expansion, shape, ranks, rounds, starts)
+    factors = _begun(weight, expansion, shape, ranks, rounds, starts)
     if moment is not IDENTITY:
+        whitening = expansion.whitening if isinstance(expansion, WhitenedExpansion) else None
         factors = refine(weight.double(), wiring, factors, moment, steps=steps, whitening=whitening)
     return balance(wiring, factors)
+
+
+def fitted_error(
+    weight: Tensor,
+    shape: LayerShape,
+    ranks: Sequence[int],
+    *,
+    sweeps: int,
+    expansion: Expansion,
+    moment: Moment,
+    energy: float,
+) -> float:
+    """The `metric_error` that `fit` reaches from an expansion of a weight after so many `sweeps`, without steps.
+
+    `energy` is `energy_of` the weight.
+    """
+    factors = _begun(weight, expansion, shape, ranks, sweeps, 1)
+    return reached_error(weight, expansion.wiring, factors, moment, energy)
+
+
+def _begun(
+    weight: Tensor, expansion: Expansion, shape: LayerShape, ranks: Sequence[int], rounds: int, starts: int
+) -> Factors:
+    """Factors after so many rounds of alternating least squares, in the coordinates of the expansion."""
+    if isinstance(expansion, WhitenedExpansion):
+        white = _alternated(expansion.weight, expansion.inner, shape, ranks, rounds, starts)
+        return expansion.whitening.unwhitened(expansion.wiring, white)
+    return _alternated(weight.double(), expansion, shape, ranks, rounds, starts)
 
 
 def _alternated(

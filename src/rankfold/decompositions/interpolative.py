@@ -27,6 +27,8 @@ WORK = 2**18
 """Channels times size of the moment up to which channels go one by one; beyond, several at once in proportion."""
 FEWEST_STEPS = 64
 """Steps of an elimination at least, where there are as many channels."""
+COMPACT = 0.75
+"""Part of the inverse that is still in use, below which the rest is let go."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,7 @@ def eliminate(weight: Float[Tensor, "g o i *taps"], moment: Moment, channels: in
         parts = groups
     run, block = channels // parts, flat.shape[2] * groups // channels
     within = parts // groups
-    inverse = torch.linalg.inv(square)
-    inverse = (inverse + inverse.mT) / 2
+    inverse = _inverse(square)
     orders = np.zeros((parts, run), dtype=np.int64)
     lost = np.zeros(run + 1)
     for group in range(groups):
@@ -120,9 +121,10 @@ def by_group(places: Tensor, groups: int, size: int) -> Int64[Tensor, "g kept"]:
     return places.reshape(groups, -1) - torch.arange(groups)[:, None] * size
 
 
-def entries(channels: Sequence[int], inner: int) -> Tensor:
+def entries(channels: Sequence[int] | Tensor, inner: int) -> Int64[Tensor, " inputs"]:
     """The inputs that belong to some channels, `inner` neighbours to each."""
-    return (torch.tensor(channels)[:, None] * inner + torch.arange(inner)).flatten()
+    found = torch.as_tensor(channels).flatten()
+    return (found[:, None] * inner + torch.arange(inner, device=found.device)).flatten()
 
 
 def whole(moment: Moment, weight: Float[Tensor, "g o i *taps"]) -> Float64[Tensor, "g n n"]:
@@ -137,33 +139,48 @@ def whole(moment: Moment, weight: Float[Tensor, "g o i *taps"]) -> Float64[Tenso
     return torch.where(mean > 0, square + RIDGE * mean * identity, identity)
 
 
+def _inverse(square: Float64[Tensor, "g n n"]) -> Float64[Tensor, "g n n"]:
+    """The inverse of symmetric matrices; where they are definite, as moments are but for rounding, by Cholesky's."""
+    triangle, failed = torch.linalg.cholesky_ex(square)
+    if not failed.any():
+        return torch.cholesky_inverse(triangle)
+    inverse = torch.linalg.inv(square)
+    return (inverse + inverse.mT) / 2
+
+
 def _eliminated(
     weight: Tensor, inverse: Tensor, parts: int, run: int, block: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Orders (parts, run) within one group, and what is lost with the first k of every part."""
-    alive = torch.arange(parts * run, device=weight.device).reshape(parts, run)
+    device = weight.device
+    alive = torch.arange(parts * run, device=device).reshape(parts, run)
+    places = alive  # of those channels in what is left of the inverse
     orders: list[Tensor] = []
     lost = [0.0]
-    inner = torch.arange(block, device=weight.device)
     step = max(1, min(round(run * len(inverse) / WORK), run // FEWEST_STEPS))
-    while alive.shape[1] > 1:
-        left, size = alive.shape[1], min(step, alive.shape[1] - 1)
-        blocks = inverse.reshape(parts * left, block, parts * left, block)
-        own = torch.linalg.inv(torch.diagonal(blocks, dim1=0, dim2=2).permute(2, 0, 1))
-        columns = weight.reshape(-1, parts * left, block)
+    while (left := alive.shape[1]) > 1:
+        if parts * left * block < COMPACT * len(inverse):
+            stay = entries(places, block)
+            weight, inverse = weight[:, stay], inverse[stay][:, stay]
+            places = torch.arange(parts * left, device=device).reshape(parts, left)
+        size = min(step, left - 1)
+        count = len(inverse) // block
+        blocks = torch.diagonal(inverse.reshape(count, block, count, block), dim1=0, dim2=2).permute(2, 0, 1)
+        own = torch.linalg.inv(blocks[places.flatten()])
+        columns = weight.reshape(-1, count, block)[:, places.flatten()]
         costs = torch.einsum("ogt,gts,ogs->g", columns, own, columns).reshape(parts, left)
         going = costs.topk(size, dim=1, largest=False, sorted=True).indices
         orders.append(alive.gather(1, going))
-        mask = torch.ones(parts, left, dtype=torch.bool, device=weight.device).scatter_(1, going, False)
-        stay = (torch.nonzero(mask.flatten()) * block + inner).flatten()
-        go = (torch.nonzero(~mask.flatten()) * block + inner).flatten()
-        gain = torch.linalg.solve(inverse[go][:, go], inverse[go][:, stay])
-        gone = weight[:, go]
-        price = float((torch.linalg.solve(inverse[go][:, go], gone.mT) * gone.mT).sum())
+        go = entries(places.gather(1, going), block)
+        rows, gone = inverse[go], weight[:, go]
+        triangle = torch.linalg.lu_factor(rows[:, go])
+        price = float((torch.linalg.lu_solve(*triangle, gone.mT) * gone.mT).sum())
         lost += [lost[-1] + price * (k + 1) / size for k in range(size)]
-        weight = weight[:, stay] - gone @ gain
-        inverse = inverse[stay][:, stay] - inverse[stay][:, go] @ gain
-        alive = alive[mask].reshape(parts, left - size)
+        gain = torch.linalg.lu_solve(*triangle, rows)
+        weight = weight.addmm(gone, gain, alpha=-1)
+        inverse.addmm_(rows.mT, gain, alpha=-1)  # what is gone is left as zeros
+        mask = torch.ones(parts, left, dtype=torch.bool, device=device).scatter_(1, going, False)
+        alive, places = (one[mask].reshape(parts, left - size) for one in (alive, places))
     orders.append(alive)
     within = torch.cat(orders, 1).cpu() - torch.arange(parts)[:, None] * run
     return within.numpy(), np.array([*lost, lost[-1]])

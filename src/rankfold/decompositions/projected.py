@@ -13,6 +13,7 @@ ResNet-50's `layer3.2.conv2`, Tucker at 15 %: squared errors of 0.0725 before, 0
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float64
@@ -36,6 +37,63 @@ def projected(
 
     Products are taken in `dtype`, solves in float64.
     """
+    found = _regressed(weight, wiring, factors, moment, dtype)
+    return factors if found is None else found.factors()
+
+
+def projected_loss(
+    weight: Float64[Tensor, "g o i *taps"],
+    wiring: Wiring,
+    factors: Factors,
+    moment: Moment,
+    *,
+    dtype: torch.dtype,
+    energy: float,
+) -> float | None:
+    """E‖(W − Ŵ) x‖² of the `projected` factors, from that of W, which is their `energy`; None where none are found.
+
+    It takes no further product with the moment: of the regression all that counts is known.
+    """
+    found = _regressed(weight, wiring, factors, moment, dtype)
+    return None if found is None else max(energy - found.gained(), 0.0)
+
+
+@dataclass(frozen=True)
+class _Regression:
+    """X = `best`, with K Σ Kᵀ as `square` and W Σ Kᵀ as `wanted`; `vectors` span what the last factor may hold of it.
+
+    `bond` is the last bond where two factors are solved for, whose letters are `near` and `last`, and `sizes` those of
+    the others.
+    """
+
+    fixed: Factors
+    best: Float64[Tensor, "g o n"]
+    square: Float64[Tensor, "g n n"]
+    wanted: Float64[Tensor, "g o n"]
+    vectors: Float64[Tensor, "g o r"] | None
+    near: str
+    last: str
+    bond: str
+    sizes: list[int]
+
+    def factors(self) -> Factors:
+        """All factors."""
+        letters = self.near.replace(self.bond, "")
+        if self.vectors is None:
+            return (*self.fixed, _factor(self.best, self.last, "o" + letters, self.sizes))
+        rows = _factor(self.vectors.mT @ self.best, self.near, self.bond + letters, self.sizes)
+        return (*self.fixed, rows, _factor(self.vectors, self.last, "o" + self.bond, [self.vectors.shape[-1]]))
+
+    def gained(self) -> float:
+        """E‖W x‖² − E‖(W − Ŵ) x‖²: twice the product of what is wanted and what comes out, less that of the latter."""
+        made = self.best if self.vectors is None else self.vectors @ (self.vectors.mT @ self.best)
+        return float((made * (2 * self.wanted - made @ self.square)).sum())
+
+
+def _regressed(
+    weight: Float64[Tensor, "g o i *taps"], wiring: Wiring, factors: Factors, moment: Moment, dtype: torch.dtype
+) -> _Regression | None:
+    """The regression; None where it is too large or has no solution."""
     last, before = wiring.factors[-1], wiring.factors[-2]
     jointly = len(last) == 2 and len(wiring.factors) > 2 and "".join(wiring.factors).count(last.replace("o", "")) == 2
     near, first = (before, last.replace("o", "")) if jointly else (last, "o")
@@ -44,7 +102,7 @@ def projected(
     now = _matrix(factors[-1], last, "o" + first) @ held if jointly else held
     groups, _, side = now.shape
     if side > LARGEST:
-        return factors
+        return None
 
     sizes = [factors[inner].shape[1 + near.index(letter)] for letter in letters]
     identity = torch.eye(side, dtype=now.dtype, device=now.device).expand(groups, -1, -1).reshape(groups, side, *sizes)
@@ -55,13 +113,12 @@ def projected(
     mean = square.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-300)[:, None, None]
     triangle, failed = torch.linalg.cholesky_ex(square + RIDGES[dtype] * mean * torch.eye(side).to(square))
     if failed.any():
-        return factors
+        return None
     best = now + torch.cholesky_solve((wanted - now @ square).mT, triangle).mT
-    if not jointly:
-        return (*factors[:-1], _factor(best, last, "o" + letters, sizes))
-    vectors = torch.linalg.eigh(best @ square @ best.mT).eigenvectors[..., -held.shape[1] :]
-    rows = _factor(vectors.mT @ best, near, first + letters, sizes)
-    return (*factors[:inner], rows, _factor(vectors, last, "o" + first, [vectors.shape[-1]]))
+    vectors = None
+    if jointly:
+        vectors = torch.linalg.eigh(best @ square @ best.mT).eigenvectors[..., -held.shape[1] :]
+    return _Regression(factors[:inner], best, square, wanted, vectors, near, last, first, sizes)
 
 
 def _matrix(factor: Tensor, letters: str, order: str) -> Float64[Tensor, "g n m"]:

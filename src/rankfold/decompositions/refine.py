@@ -18,7 +18,7 @@ from rankfold.decompositions.als import balance
 from rankfold.decompositions.contractions import reconstruct
 from rankfold.decompositions.expansion import Factors
 from rankfold.decompositions.metric import Moment
-from rankfold.decompositions.projected import projected
+from rankfold.decompositions.projected import projected, projected_loss
 from rankfold.decompositions.weighted import WeightedExpansion, is_matrix
 from rankfold.decompositions.whitening import Whitening
 from rankfold.decompositions.wiring import Wiring
@@ -27,6 +27,8 @@ _CHUNK = 2**24
 """Entries of the weight that an error is measured on at a time."""
 LARGEST_EXACT = 2**31
 """MACs of a product with the moment up to which it is taken in float64, and steps are; beyond it is in float32."""
+LARGEST_MEASURED = 1024
+"""Inputs and taps of a weight up to which errors are told in float64 of what is not kept."""
 STEPS = 10
 """Steps of L-BFGS, at most: sixty gain 1 to 3 % of the error more, and on large weights take most of the time."""
 
@@ -46,6 +48,19 @@ def metric_error(
     """
     error = _lost(weight, wiring, factors, moment)
     return error / max(energy_of(weight, moment) if energy is None else energy, 1e-300) if error > 0 else 0.0
+
+
+def reached_error(
+    weight: Float[Tensor, "g o i *taps"], wiring: Wiring, factors: Factors, moment: Moment, energy: float
+) -> float:
+    """The `metric_error` of what `refine` makes of the factors without steps, for less work than making it."""
+    dtype = _dtype_of(weight) if weight[0, 0].numel() <= LARGEST_MEASURED else torch.float32
+    lost = None
+    if not is_matrix(wiring):
+        lost = projected_loss(weight.double(), wiring, factors, moment, dtype=dtype, energy=energy)
+    if lost is None:
+        return metric_error(weight, wiring, refine(weight.double(), wiring, factors, moment, steps=0), moment)
+    return lost / max(energy, 1e-300)
 
 
 def energy_of(weight: Float[Tensor, "g o i *taps"], moment: Moment) -> float:

@@ -25,8 +25,7 @@ from rankfold.decompositions import (
     energy_of,
     expand,
     family_of,
-    fit,
-    metric_error,
+    fitted_error,
     wiring_of,
 )
 from rankfold.decompositions.metric import IDENTITY, Moment
@@ -260,13 +259,11 @@ def _fitted(
     size = np.log(params)
     targets = size.max() + np.log(np.geomspace(1 / 16, 3 / 4, METRIC_KNOTS if known else method.knots))
     knots = np.unique([int(np.abs(size - target).argmin()) for target in targets])
-    exact_weight = weight.double()
-    energy = energy_of(exact_weight, moment)
+    energy = energy_of(weight.double(), moment)
     fits = []
     for knot in knots:
         ranks = tuple(int(rank) for rank in candidates.ranks[knot])
         sweeps = method.sweeps // 3 if family_of(candidates.name, shape, ranks) else 0
-        factors = fit(candidates.name, weight, shape, ranks, sweeps=sweeps, expansion=expansion, moment=moment, steps=0)
-        reached = metric_error(exact_weight, expansion.wiring, factors, moment, energy=energy)
+        reached = fitted_error(weight, shape, ranks, sweeps=sweeps, expansion=expansion, moment=moment, energy=energy)
         fits.append(Fit(ranks, int(params[knot]), float(reached / max(candidates.closed[knot], 1e-300))))
     return replace(candidates, errors=candidates.closed * ratios(params, fits), fits=tuple(fits))
