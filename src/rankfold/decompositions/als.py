@@ -20,7 +20,7 @@ from rankfold.decompositions.contractions import contract, is_polyadic, reconstr
 from rankfold.decompositions.expansion import Factors
 from rankfold.decompositions.wiring import Wiring
 
-LARGEST_DOUBLE = 2**18
+LARGEST_DOUBLE = 2**15
 """Entries of a weight up to which its factors are found in float64, beyond in float32: the errors are the same."""
 WORK = 2**30
 """MACs of the weight times a factor up to which all rounds are made, beyond in inverse proportion fewer."""
