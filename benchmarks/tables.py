@@ -445,7 +445,7 @@ PAPER = {
 
 
 def most_refined(model: str) -> list[dict[str, Any]]:
-    """The last records at every budget, of most refining, from given inputs without training of the whole network."""
+    """The last refined record at every budget, or the last, from given inputs without training of the whole network."""
     found: dict[float, dict[str, Any]] = {}
     for one in (*gathered("units"), *gathered("refining")):
         if one.get("model") == model and "top1" in one and one.get("calibration", "given inputs") == "given inputs":
@@ -455,9 +455,10 @@ def most_refined(model: str) -> list[dict[str, Any]]:
     return [found[budget] for budget in sorted(found)]
 
 
-def _recency(one: dict[str, Any]) -> tuple[str, int]:
-    """The day of a record, and its epochs of refining by blocks, a copy of the inputs counting as much as they do."""
-    return one["date"], int(one.get("epochs", 0) * (1 + one.get("copies", 0)))
+def _recency(one: dict[str, Any]) -> tuple[bool, str, int]:
+    """Whether a record is refined, its day, and its epochs by blocks, a copy of the inputs counting as much as they do."""
+    epochs = int(one.get("epochs", 0) * (1 + one.get("copies", 0)))
+    return epochs > 0, one["date"], epochs
 
 
 PUBLISHED: tuple[list[Any], ...] = (
