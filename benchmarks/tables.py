@@ -456,7 +456,7 @@ def most_refined(model: str) -> list[dict[str, Any]]:
 
 
 def _recency(one: dict[str, Any]) -> tuple[bool, str, int]:
-    """Whether a record is refined, its day, and its epochs by blocks, a copy of the inputs counting as much as they do."""
+    """Whether a record is refined, its day, and its epochs by blocks, copies of the inputs counting as they do."""
     epochs = int(one.get("epochs", 0) * (1 + one.get("copies", 0)))
     return epochs > 0, one["date"], epochs
 
