@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rankfold import Budget, Plan, compress, load, save
+from rankfold import Budget, compress, load, plan_of, save
 from rankfold.evaluation import accuracy
-from rankfold.files.artifact import load_metrics, load_plan
+from rankfold.files.artifact import load_metrics
 from rankfold.sources.data import Dataset, Normalisation, open_dataset
 from rankfold.training import Losses, Training, fine_tune
 from rankfold.training.augment import cifar
@@ -113,7 +113,8 @@ def main() -> None:
     chosen = data.sample(512)
     images = [chosen.batch(at, at + 128)[0].to(given.device) for at in range(0, 512, 128)]
     for case in given.only or BUDGETS:
-        small, plan, seconds = _compressed(model, images, case, given)
+        small, seconds = _compressed(model, images, case, given)
+        plan = plan_of(small)
         kept = plan.after.kept(plan.before)
         one = record(
             case=f"{case}:{given.decomposition}:{given.epochs}",
@@ -128,11 +129,11 @@ def main() -> None:
             data="CIFAR-10 test",
             examples=len(tested),
         )
-        keep([one | (_tuned(small, plan, model, data, tested, given) if given.epochs else {"epochs": 0})])
+        keep([one | (_tuned(small, model, data, tested, given) if given.epochs else {"epochs": 0})])
 
 
-def _compressed(model: nn.Module, images: list[Tensor], case: str, given: Namespace) -> tuple[nn.Module, Plan, float]:
-    """The network within a budget, its plan and how long it took; kept in `--work`, and taken from there."""
+def _compressed(model: nn.Module, images: list[Tensor], case: str, given: Namespace) -> tuple[nn.Module, float]:
+    """The network within a budget, and how long it took; kept in `--work`, and taken from there."""
     folder = given.work / f"{given.decomposition.replace(',', '-')}-{case}"
     if not folder.exists():
         found = compress(
@@ -144,17 +145,17 @@ def _compressed(model: nn.Module, images: list[Tensor], case: str, given: Namesp
             progress=_printed,
         )
         save(found, folder, metrics={"seconds": found.seconds})
-    return load(folder, model), load_plan(folder), load_metrics(folder)["seconds"]
+    return load(folder, model), load_metrics(folder)["seconds"]
 
 
-def _tuned(
-    small: nn.Module, plan: Plan, model: nn.Module, data: Dataset, tested: Dataset, given: Namespace
-) -> dict[str, Any]:
+def _tuned(small: nn.Module, model: nn.Module, data: Dataset, tested: Dataset, given: Namespace) -> dict[str, Any]:
     """What is recorded of a compressed network once it is fine-tuned, taught by its original."""
     training = Training(
         epochs=given.epochs, batch_size=given.batch_size, rate=given.rate, ema=given.ema, augment="cifar", damping=0.0
     )
-    tuned = fine_tune(small, data, teacher=model, plan=plan, training=training, losses=Losses(), progress=_printed)
+    tuned = fine_tune(
+        small, data, teacher=model, plan=plan_of(small), training=training, losses=Losses(), progress=_printed
+    )
     return {
         "epochs": training.epochs,
         "rate": training.rate,

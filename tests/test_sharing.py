@@ -66,7 +66,7 @@ def found_by(processes: int, decompositions: str, folder: Path) -> dict[str, tor
 def test_several_processes_come_to_the_same_factors_as_one(tmp_path: Path):
     one = found_by(1, "cp3+svd,interpolative", tmp_path)
     two = found_by(2, "cp3+svd,interpolative", tmp_path)
-    four = found_by(4, "svd,interpolative", tmp_path)
+    four = found_by(4, "cp3", tmp_path)
     assert "failed" in one
     assert one.keys() == two.keys() > four.keys() > set()
     for name, tensor in (*two.items(), *four.items()):

@@ -9,6 +9,7 @@ from decompositions.test_refine import moment_of  # type: ignore[import-not-foun
 
 from rankfold.decompositions import energy_of, expand, fit, fitted_error, is_matrix, metric_error, wiring_of
 from rankfold.decompositions.contractions import reconstruct
+from rankfold.decompositions.metric import IDENTITY
 from rankfold.decompositions.projected import projected, projected_loss
 from rankfold.network.kinds import shape_of, weight_of
 
@@ -48,8 +49,8 @@ def test_what_it_reaches_is_known_before_it_is_made(case, name: str) -> None:
     found = projected(weight, wiring, start, moment, dtype=torch.float64)
     loss = projected_loss(weight, wiring, start, moment, dtype=torch.float64, energy=energy)
     assert loss == pytest.approx(energy * metric_error(weight, wiring, found, moment), rel=1e-6)
-    expansion = expand(name, weight, shape, moment)
-    options = {"sweeps": 4, "expansion": expansion, "moment": moment}
-    fitted = fit(name, weight, shape, ranks, steps=0, **options)
-    error = fitted_error(weight, shape, ranks, energy=energy, **options)
-    assert error == pytest.approx(metric_error(weight, wiring, fitted, moment), rel=1e-6)
+    for metric in (moment, IDENTITY):
+        options = {"sweeps": 4, "expansion": expand(name, weight, shape, metric), "moment": metric}
+        fitted = fit(name, weight, shape, ranks, steps=0, **options)
+        error = fitted_error(weight, shape, ranks, energy=energy_of(weight, metric), **options)
+        assert error == pytest.approx(metric_error(weight, wiring, fitted, metric), rel=1e-6)

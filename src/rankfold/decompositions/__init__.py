@@ -152,6 +152,8 @@ def fitted_error(
     `energy` is `energy_of` the weight.
     """
     factors = _begun(weight, expansion, shape, ranks, sweeps, 1)
+    if moment is IDENTITY:
+        return metric_error(weight, expansion.wiring, factors, moment, energy=energy)
     return reached_error(weight, expansion.wiring, factors, moment, energy)
 
 

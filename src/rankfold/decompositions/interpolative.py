@@ -93,7 +93,7 @@ def interpolated(
     split = by_group(columns, groups, inputs)
     found = []
     for group, kept in enumerate(split):
-        places = (kept[:, None] * taps + torch.arange(taps)).flatten()
+        places = entries(kept, taps)
         seen = square[group][:, places]
         found.append(torch.linalg.solve(seen[places], (flat[group] @ seen).mT).mT)
     return torch.stack(found).reshape(groups, outputs, split.shape[1], *weight.shape[3:])

@@ -38,7 +38,7 @@ def projected(
     Products are taken in `dtype`, solves in float64.
     """
     found = _regressed(weight, wiring, factors, moment, dtype)
-    return factors if found is None else found.factors()
+    return factors if found is None else found.factors
 
 
 def projected_loss(
@@ -60,34 +60,16 @@ def projected_loss(
 
 @dataclass(frozen=True)
 class _Regression:
-    """X = `best`, with K Σ Kᵀ as `square` and W Σ Kᵀ as `wanted`; `vectors` span what the last factor may hold of it.
+    """Factors whose last ones are solved for, as X that is `made`, with K Σ Kᵀ as `square` and W Σ Kᵀ as `wanted`."""
 
-    `bond` is the last bond where two factors are solved for, whose letters are `near` and `last`, and `sizes` those of
-    the others.
-    """
-
-    fixed: Factors
-    best: Float64[Tensor, "g o n"]
+    factors: Factors
+    made: Float64[Tensor, "g o n"]
     square: Float64[Tensor, "g n n"]
     wanted: Float64[Tensor, "g o n"]
-    vectors: Float64[Tensor, "g o r"] | None
-    near: str
-    last: str
-    bond: str
-    sizes: list[int]
-
-    def factors(self) -> Factors:
-        """All factors."""
-        letters = self.near.replace(self.bond, "")
-        if self.vectors is None:
-            return (*self.fixed, _factor(self.best, self.last, "o" + letters, self.sizes))
-        rows = _factor(self.vectors.mT @ self.best, self.near, self.bond + letters, self.sizes)
-        return (*self.fixed, rows, _factor(self.vectors, self.last, "o" + self.bond, [self.vectors.shape[-1]]))
 
     def gained(self) -> float:
         """E‖W x‖² − E‖(W − Ŵ) x‖²: twice the product of what is wanted and what comes out, less that of the latter."""
-        made = self.best if self.vectors is None else self.vectors @ (self.vectors.mT @ self.best)
-        return float((made * (2 * self.wanted - made @ self.square)).sum())
+        return float((self.made * (2 * self.wanted - self.made @ self.square)).sum())
 
 
 def _regressed(
@@ -115,10 +97,12 @@ def _regressed(
     if failed.any():
         return None
     best = now + torch.cholesky_solve((wanted - now @ square).mT, triangle).mT
-    vectors = None
-    if jointly:
-        vectors = torch.linalg.eigh(best @ square @ best.mT).eigenvectors[..., -held.shape[1] :]
-    return _Regression(factors[:inner], best, square, wanted, vectors, near, last, first, sizes)
+    if not jointly:
+        return _Regression((*factors[:-1], _factor(best, last, "o" + letters, sizes)), best, square, wanted)
+    vectors = torch.linalg.eigh(best @ square @ best.mT).eigenvectors[..., -held.shape[1] :]
+    rows = vectors.mT @ best
+    pair = _factor(rows, near, first + letters, sizes), _factor(vectors, last, "o" + first, [vectors.shape[-1]])
+    return _Regression((*factors[:inner], *pair), vectors @ rows, square, wanted)
 
 
 def _matrix(factor: Tensor, letters: str, order: str) -> Float64[Tensor, "g n m"]:

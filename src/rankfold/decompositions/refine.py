@@ -31,8 +31,6 @@ LARGEST_EXACT = 2**29
 On weights of 256 × 256 × 3 × 3 ten steps lower the squared error by 1 % (ResNet-50's `layer3.4.conv2`, half the
 parameters, `cp3`: from 0.00481 to 0.00476; Tucker: from 0.0192 to 0.0190) and take a third to two thirds of the time.
 """
-LARGEST_MEASURED = 1024
-"""Inputs and taps of a weight up to which errors are told in float64 of what is not kept."""
 STEPS = 10
 """Steps of L-BFGS, at most: sixty gain 1 to 3 % of the error more, and on large weights take most of the time."""
 
@@ -58,12 +56,11 @@ def reached_error(
     weight: Float[Tensor, "g o i *taps"], wiring: Wiring, factors: Factors, moment: Moment, energy: float
 ) -> float:
     """The `metric_error` of what `refine` makes of the factors without steps, for less work than making it."""
-    dtype = _dtype_of(weight) if weight[0, 0].numel() <= LARGEST_MEASURED else torch.float32
-    lost = None
+    exact, lost = weight.double(), None
     if not is_matrix(wiring):
-        lost = projected_loss(weight.double(), wiring, factors, moment, dtype=dtype, energy=energy)
+        lost = projected_loss(exact, wiring, factors, moment, dtype=_dtype_of(weight), energy=energy)
     if lost is None:
-        return metric_error(weight, wiring, refine(weight.double(), wiring, factors, moment, steps=0), moment)
+        return metric_error(weight, wiring, refine(exact, wiring, factors, moment, steps=0), moment, energy=energy)
     return lost / max(energy, 1e-300)
 
 
