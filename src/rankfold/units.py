@@ -27,9 +27,10 @@ from rankfold.network.tracing import followed
 from rankfold.plan import INTERPOLATIVE, ChannelSet, LayerPlan, Narrowing, channels_named
 from rankfold.progress import Progress, silent
 from rankfold.search.curves import Curve, subset
+from rankfold.search.forms import cost_at
 from rankfold.search.network_objectives import divergences
 from rankfold.search.prices import TEMPERATURE, TRIALS, priced
-from rankfold.search.units import MANY, UnitCurve, cost_at, unit_curve
+from rankfold.search.units import MANY, UnitCurve, unit_curve
 from rankfold.search.widths import FINE, WIDTHS, Width, measure_width, units_of
 from rankfold.sharing import shared
 
@@ -37,7 +38,7 @@ SURE = 1.3
 """Standard errors by which divergence has to grow to count: one time in ten it does by chance."""
 EXAMPLES = 64
 """Inputs on which errors are priced, at most."""
-WORK = 2**43
+WORK = 2**42
 """MACs of all passes over them, at most, but for one input where there are channels to be weighed."""
 
 

@@ -22,7 +22,8 @@ from rankfold.planning import assign, measure
 from rankfold.progress import silent
 from rankfold.search import Problem, Rene, settle, units
 from rankfold.search import search as known_search
-from rankfold.search.units import UnitCurve, cost_at, unit_curve
+from rankfold.search.forms import cost_at
+from rankfold.search.units import UnitCurve, unit_curve
 from rankfold.search.widths import units_of, width_grid
 from rankfold.units import hidden_channels, measure_widths
 

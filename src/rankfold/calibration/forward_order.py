@@ -75,10 +75,14 @@ def refit_(
         for done, place in enumerate(passes.places):
             progress("fitting in forward order", done, len(passes.places))
             halves = _collected(pair, place, passes.seen(place), passes.active(place), weights or {})
-            found, place_of_ridge = _fitted(pair, place, halves, place_of_ridge)
-            if place.calls == 1:
-                _recentre_(pair, place, halves[0] + halves[1], found)
+            ridge = _ridge(pair, place, halves, place_of_ridge)
+            place_of_ridge = place_of_ridge if ridge is None else ridge
+            pairs = halves[0] + halves[1]
             del halves
+            found = _fitted(pair, place, pairs, RIDGES[-1 if ridge is None else ridge])
+            if place.calls == 1:
+                _recentre_(pair, place, pairs, found)
+            del pairs
             trim()
         progress("fitting in forward order", len(passes.places), len(passes.places))
         fitted = {place.layer.name for place in passes.places}
@@ -176,25 +180,23 @@ def _collected(
     return halves
 
 
-def _fitted(
-    pair: Networks, place: Place, halves: tuple[_Pairs, _Pairs], tried: int
-) -> tuple[Float64[Tensor, "g o i *taps"], int]:
-    """The weight that a layer has once it is fitted to the sums, or that its factors stand for, as it is stored.
+def _ridge(pair: Networks, place: Place, halves: tuple[_Pairs, _Pairs], tried: int) -> int | None:
+    """The place of a layer's ridge, sought from the one `tried` first; None where a half has seen too little."""
+    if not all(half.inputs.positions > 1 and half.inputs.joint is not None for half in halves):
+        return None
+    bias = cast("Tensor | None", pair.student.get_submodule(place.layer.name).bias)
+    moments = (half.moments(_about_means(place, bias), bias) for half in halves)
+    return _best_ridge(_weight(pair, place), tried, *moments)
 
-    The place of its ridge is sought from the one `tried` first, and returned.
-    """
-    layer, pairs = place.layer, halves[0] + halves[1]
+
+def _fitted(pair: Networks, place: Place, pairs: _Pairs, ridge: float) -> Float64[Tensor, "g o i *taps"]:
+    """The weight that a layer has once it is fitted to the sums, or that its factors stand for, as it is stored."""
+    layer = place.layer
     module, own = (one.get_submodule(layer.name) for one in (pair.skeleton, pair.student))
-    bias = cast("Tensor | None", own.bias)
-    weight = (composed_weight(own) if layer.narrowed else weight_of(module)).double()
     if pairs.inputs.joint is not None and bool(pairs.inputs.joint.any()):
-        centred = place.calls == 1 and (bias is not None or place.norm is not None)
-        seen = all(half.inputs.positions > 1 for half in halves)
-        if seen:
-            tried = _best_ridge(weight, tried, *(half.moments(centred, bias) for half in halves))
-        ridge = RIDGES[tried] if seen else RIDGES[-1]
-        square, cross = pairs.moments(centred, bias)
-        target = _regressed(weight, square, cross, ridge)
+        bias = cast("Tensor | None", own.bias)
+        square, cross = pairs.moments(_about_means(place, bias), bias)
+        target = _regressed(_weight(pair, place), square, cross, ridge)
         if layer.decomposition is None:
             write_weight_(own, target)
         else:
@@ -202,7 +204,18 @@ def _fitted(
             start = tuple(one.detach().double() for one in stage_factors(own, module, wiring, layer.ranks))
             fitted = refine(target, wiring, start, Moment(joint=square, positions=pairs.inputs.effective).shrunk())
             write_factors_(weights_of_stages(own), shape_of(module), wiring, fitted)
-    return composed_weight(own).detach().double(), tried
+    return composed_weight(own).detach().double()
+
+
+def _weight(pair: Networks, place: Place) -> Float64[Tensor, "g o i *taps"]:
+    """The weight that a layer's regression changes: the original's, or where channels are gone what rebuilds them."""
+    module, own = (one.get_submodule(place.layer.name) for one in (pair.skeleton, pair.student))
+    return (composed_weight(own) if place.layer.narrowed else weight_of(module)).double()
+
+
+def _about_means(place: Place, bias: Tensor | None) -> bool:
+    """Whether moments are those about the mean: where a bias or a batch norm takes what the mean loses."""
+    return place.calls == 1 and (bias is not None or place.norm is not None)
 
 
 def _best_ridge(weight: Tensor, best: int, *halves: tuple[Tensor, Tensor]) -> int:

@@ -27,7 +27,7 @@ from rankfold.plan import LayerPlan, Plan
 _Stop = TypeVar("_Stop")
 SHARE = 0.25
 """Part of the memory that passes may hold while they wait."""
-LARGEST_SHARE = 2**31
+LARGEST_SHARE = 2**30
 """Bytes that they may hold at most."""
 HELD = 2
 """How many times as much a pass holds, about, as the largest of the calls that it waits between takes and gives."""

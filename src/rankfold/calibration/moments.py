@@ -31,8 +31,9 @@ from rankfold.plan import LayerSpec
 from rankfold.progress import Progress, silent
 from rankfold.sharing import everywhere, owned, place
 
-SHARE = 0.25
-"""Part of the memory that moments may take before they are kept in files."""
+SHARE, SUMS = 0.25, 0.5
+"""Part of the memory that moments may take before they are kept in files, and their sums before they are measured in
+parts."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,10 @@ def calibrate(
     modules = {name: model.get_submodule(name) for layer in layers for name in (layer.name, *layer.aliases)}
     modules = {name: module for name, module in modules.items() if not known_kind(module).lookup}
     owners = {name: layer.name for layer in layers for name in (layer.name, *layer.aliases)}
-    parts = _in_memory(modules, owners, once=isinstance(batches, Iterator))
+    parts, taken = _in_memory(modules, owners, once=isinstance(batches, Iterator))
     matrices = [layer.name for layer in layers if known_kind(model.get_submodule(layer.name)).axes == 0]
     weights = {} if isinstance(batches, Iterator) else position_weights(model, matrices, batches)
-    moments: Stored | dict[str, Moment] = Stored() if len(parts) > 1 else {}
+    moments: Stored | dict[str, Moment] = Stored() if taken > share(SHARE) else {}
     approximate: dict[str, str] = {}
     for number, part in enumerate(parts):
         what = f"calibrating, {number + 1} of {len(parts)}" if len(parts) > 1 else "calibrating"
@@ -107,19 +108,23 @@ def calibrate(
 
 def _in_memory(
     modules: Mapping[str, nn.Module], owners: Mapping[str, str], *, once: bool
-) -> list[dict[nn.Module, str]]:
-    """The modules, with the layers that they are of, in parts whose sums fit into memory; all in one if asked for."""
-    room, taken, sizes = share(SHARE), 0, dict[str, int]()
+) -> tuple[list[dict[nn.Module, str]], int]:
+    """The modules, with the layers that they are of, in parts whose sums fit into memory; all in one if asked for.
+
+    Then the bytes of all sums.
+    """
+    room, taken, sizes = share(SUMS), 0, dict[str, int]()
     parts: list[dict[nn.Module, str]] = [{}]
     for name, module in modules.items():
         layer = owners[name]
-        sizes[layer] = 0 if layer in sizes else MomentSum(shape_of(module), torch.device("meta")).nbytes
-        taken += sizes[layer]
-        if taken > room and sizes[layer] and parts[-1] and not once:
-            parts.append({})
-            taken = sizes[layer]
+        if layer not in sizes:
+            sizes[layer] = MomentSum(shape_of(module), torch.device("meta")).nbytes
+            taken += sizes[layer]
+            if taken > room and parts[-1] and not once:
+                parts.append({})
+                taken = sizes[layer]
         parts[-1][module] = layer
-    return parts
+    return parts, sum(sizes.values())
 
 
 def _measured(

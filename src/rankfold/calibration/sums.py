@@ -65,7 +65,11 @@ class MomentSum:
             width = max(SMALLEST_BLOCK, size // BLOCKS)
             for start in range(0, size, width):
                 block = weighted[..., start : start + width]
-                joint[:, start:, start : start + width] += patches[..., start:].mT @ block
+                own, transposed = joint[:, start:, start : start + width], patches[..., start:].mT
+                if own.dtype == block.dtype:
+                    own.baddbmm_(transposed, block)
+                else:
+                    own += transposed @ block
             return
         if self.rows is not None:
             self.rows.append((patches if weights is None else patches * weights.sqrt()[:, None]).float())

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from rankfold.decompositions.als import alternate, balance, relative_error, scaled_gradients
+from rankfold.decompositions.als import WORK, WORK_TO_MEASURE, alternate, balance, relative_error, scaled_gradients
 from rankfold.decompositions.contractions import is_polyadic, reconstruct
 from rankfold.decompositions.cp import CP
 from rankfold.decompositions.cp3 import CP3
@@ -147,32 +147,44 @@ def fitted_error(
     moment: Moment,
     energy: float,
 ) -> float:
-    """The `metric_error` that `fit` reaches from an expansion of a weight after so many `sweeps`, without steps.
+    """About the `metric_error` that `fit` reaches from an expansion of a weight after so many `sweeps`, without steps.
 
     `energy` is `energy_of` the weight.
     """
-    factors = _begun(weight, expansion, shape, ranks, sweeps, 1)
+    factors = _begun(weight, expansion, shape, ranks, sweeps, 1, WORK_TO_MEASURE)
     if moment is IDENTITY:
         return metric_error(weight, expansion.wiring, factors, moment, energy=energy)
     return reached_error(weight, expansion.wiring, factors, moment, energy)
 
 
 def _begun(
-    weight: Tensor, expansion: Expansion, shape: LayerShape, ranks: Sequence[int], rounds: int, starts: int
+    weight: Tensor,
+    expansion: Expansion,
+    shape: LayerShape,
+    ranks: Sequence[int],
+    rounds: int,
+    starts: int,
+    work: int = WORK,
 ) -> Factors:
     """Factors after so many rounds of alternating least squares, in the coordinates of the expansion."""
     if isinstance(expansion, WhitenedExpansion):
-        white = _alternated(expansion.weight, expansion.inner, shape, ranks, rounds, starts)
+        white = _alternated(expansion.weight, expansion.inner, shape, ranks, rounds, starts, work)
         return expansion.whitening.unwhitened(expansion.wiring, white)
-    return _alternated(weight.double(), expansion, shape, ranks, rounds, starts)
+    return _alternated(weight.double(), expansion, shape, ranks, rounds, starts, work)
 
 
 def _alternated(
-    weight: Tensor, expansion: Expansion, shape: LayerShape, ranks: Sequence[int], rounds: int, starts: int
+    weight: Tensor,
+    expansion: Expansion,
+    shape: LayerShape,
+    ranks: Sequence[int],
+    rounds: int,
+    starts: int,
+    work: int,
 ) -> Factors:
     """The best factors in the Frobenius norm after alternating least squares from so many starts."""
     wiring = expansion.wiring
-    factors = alternate(weight, wiring, expansion.factors(ranks), sweeps=rounds)
+    factors = alternate(weight, wiring, expansion.factors(ranks), sweeps=rounds, work=work)
     reached = [relative_error(weight, wiring, factors)] if starts > 1 else []
     for seed in range(1, starts if rounds else 1):
         start = _random(wiring, shape, ranks, weight, seed)

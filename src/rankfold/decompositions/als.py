@@ -24,6 +24,8 @@ LARGEST_DOUBLE = 2**15
 """Entries of a weight up to which its factors are found in float64, beyond in float32: the errors are the same."""
 WORK = 2**30
 """MACs of the weight times a factor up to which all rounds are made, beyond in inverse proportion fewer."""
+WORK_TO_MEASURE = 2**26
+"""The same where all that is asked for is the error, about."""
 FEWEST = 4
 """Rounds at least."""
 LARGEST_GRAM = 1536
@@ -46,6 +48,7 @@ def alternate(
     sweeps: int,
     tolerance: float = 1e-3,
     damping: float = 0.0,
+    work: int = WORK,
 ) -> Factors:
     """The factors after at most `sweeps` rounds of least squares over one factor at a time.
 
@@ -54,7 +57,7 @@ def alternate(
     Each round starts from a point extrapolated along the last step, with Nesterov's growing weights, and falls back to
     the plain point when that made the error rise (Mitchell, Ye and De Sterck, arXiv 1810.05846). For CP on
     convolutions this takes a third to a quarter of the rounds. Stops when a round lowers the squared relative error by
-    less than `tolerance` of itself; of large weights there are fewer (`WORK`). Never worse than the start.
+    less than `tolerance` of itself; of large weights there are fewer (`work`). Never worse than the start.
     """
     total = float(weight.square().sum())
     if total == 0 or sweeps == 0:
@@ -65,7 +68,7 @@ def alternate(
     if damping:
         error += damping * term_energy(wiring, factors) / total
     macs = weight.numel() * factors[-1][0].numel() // weight.shape[1]
-    for _ in range(max(min(sweeps, FEWEST), min(sweeps, sweeps * WORK // macs))):
+    for _ in range(max(min(sweeps, FEWEST), min(sweeps, sweeps * work // macs))):
         step = max(momentum - 1, 0) / (momentum + 2)
         start = [now + step * (now - before) for now, before in zip(current, previous, strict=True)]
         found, explained = _sweep(weight, wiring, start if step else list(current), damping)

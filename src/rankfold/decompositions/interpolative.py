@@ -95,7 +95,7 @@ def interpolated(
     for group, kept in enumerate(split):
         places = entries(kept, taps)
         seen = square[group][:, places]
-        found.append(torch.linalg.solve(seen[places], (flat[group] @ seen).mT).mT)
+        found.append(_solved(seen[places], (flat[group] @ seen).mT).mT)
     return torch.stack(found).reshape(groups, outputs, split.shape[1], *weight.shape[3:])
 
 
@@ -129,14 +129,21 @@ def entries(channels: Sequence[int] | Tensor, inner: int) -> Int64[Tensor, " inp
 
 def whole(moment: Moment, weight: Float[Tensor, "g o i *taps"]) -> Float64[Tensor, "g n n"]:
     """A moment as matrices that can be inverted; the identity where nothing is known of the inputs."""
-    size = weight[0, 0].numel()
-    identity = torch.eye(size, dtype=torch.float64, device=weight.device).expand(len(weight), size, size)
     square = moment.joint
     if square is None:
+        size = weight[0, 0].numel()
+        identity = torch.eye(size, dtype=torch.float64, device=weight.device).expand(len(weight), size, size)
         square = moment.applied(identity.reshape(len(weight), size, *weight.shape[2:])).reshape(identity.shape)
-    square = square.to(weight.device)
-    mean = square.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    return torch.where(mean > 0, square + RIDGE * mean * identity, identity)
+    square = square.to(weight.device, torch.float64, copy=True)
+    mean = square.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    square.diagonal(dim1=-2, dim2=-1).add_(torch.where(mean > 0, RIDGE * mean, 1.0))
+    return square
+
+
+def _solved(square: Float64[Tensor, "n n"], right: Float64[Tensor, "n m"]) -> Float64[Tensor, "n m"]:
+    """The inverse of a symmetric matrix times another; where it is definite, by Cholesky's factor."""
+    triangle, failed = torch.linalg.cholesky_ex(square)
+    return torch.linalg.solve(square, right) if failed else torch.cholesky_solve(right, triangle)
 
 
 def _inverse(square: Float64[Tensor, "g n n"]) -> Float64[Tensor, "g n n"]:

@@ -11,9 +11,10 @@ closed form is left as it is.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float64
 from torch import Tensor
@@ -77,13 +78,15 @@ class Train:
         ranks = tuple(spread(size, most) for size in largest)
         cut = discarded(self._energy(self._core))[np.ix_(ranks[0] - 1, ranks[-1] - 1)]
         errors = np.empty([len(axis) for axis in ranks])
-        for middle in itertools.product(*(range(len(axis)) for axis in ranks[1:-1])):
-            residual = self._energy(
-                self._core - self._projected([int(ranks[1 + k][at]) for k, at in enumerate(middle)])
+        for middle, projected in self._projected(self._core, ranks[1:-1]):
+            inside = (
+                self._energy(self._core - projected)
+                .cumsum(0)
+                .cumsum(1)
+                .cpu()
+                .numpy()[np.ix_(ranks[0] - 1, ranks[-1] - 1)]
             )
-            inside = residual.cumsum(0).cumsum(1).cpu().numpy()[np.ix_(ranks[0] - 1, ranks[-1] - 1)]
-            place: tuple[slice | int, ...] = (slice(None), *middle, slice(None))
-            errors[place] = cut + inside
+            errors[(slice(None), *middle, slice(None))] = cut + inside
         errors /= max(self._total, 1e-300)
         for axis in range(errors.ndim):
             errors = np.minimum.accumulate(errors, axis=axis)
@@ -112,21 +115,29 @@ class Train:
         """Energy per pair of first and last index, over groups and taps."""
         return core.square().flatten(2, -2).sum((0, 2)) if core.ndim > 3 else core.square().sum(0)
 
-    def _projected(self, middle: Sequence[int]) -> Tensor:
-        """The core projected onto the leading singular vectors of its cuts between the taps.
+    def _projected(
+        self, core: Tensor, middle: Sequence[npt.NDArray[np.int64]], cut: int = 0
+    ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """The core projected onto the leading singular vectors of its cuts between the taps, from `cut` on, at each of
+        their ranks, by the places of these.
 
-        The first cut projects from the left, a second one from the right: two projections that commute.
+        The first cut projects from the left, a second one from the right: two projections that commute. From rank to
+        rank what the vectors between them make is added.
         """
-        core, groups = self._core, len(self._core)
-        if middle:
-            matrix = core.reshape(groups, core.shape[1] * core.shape[2], -1)
-            basis = self._cut_basis(0)[..., : middle[0]]
-            core = (basis @ (basis.mT @ matrix)).reshape(core.shape)
-        if len(middle) > 1:
-            matrix = core.reshape(groups, -1, core.shape[-2] * core.shape[-1])
-            basis = self._cut_basis(1)[..., : middle[1]]
-            core = ((matrix @ basis) @ basis.mT).reshape(core.shape)
-        return core
+        if not middle:
+            yield (), core
+            return
+        basis = self._cut_basis(cut)
+        matrix = (
+            core.reshape(len(core), basis.shape[1], -1) if cut == 0 else core.reshape(len(core), -1, basis.shape[1])
+        )
+        kept = torch.zeros_like(matrix)
+        for place, (start, end) in enumerate(itertools.pairwise([0, *map(int, middle[0])])):
+            added = basis[..., start:end]
+            left, right = (added, added.mT @ matrix) if cut == 0 else (matrix @ added, added.mT)
+            kept.baddbmm_(left, right)
+            for behind, projected in self._projected(kept.reshape(core.shape), middle[1:], cut + 1):
+                yield (place, *behind), projected
 
     def _cut_basis(self, cut: int) -> Tensor:
         """Leading basis of the rows before the first cut, or of the columns behind the second one."""

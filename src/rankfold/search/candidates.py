@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import cast
 
 import numpy as np
@@ -42,6 +43,8 @@ Unbalanced ranks of Tucker reach a slightly lower error and a much lower accurac
 
 METRIC_KNOTS = 4
 """Candidates of a decomposition that are fitted, where errors are in a metric, before any search."""
+BEATEN = 1.5
+"""How many times the error that another decomposition has at no more of any cost makes a candidate no rival of it."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,13 @@ def measure_layer(
     Ranks are multiples of `align`, but where the largest are below four times of it.
 
     Errors are squared relative Frobenius errors of the closed form; where that is far from the best (`knots`), of the
-    form fitted at a few candidates and interpolated between them. With an entry of the layer's in `moments` all errors
+    form fitted at a few candidates and interpolated between them: at the smaller half of these first, then at the
+    larger where no other decomposition is far better (`BEATEN`). With an entry of the layer's in `moments` all errors
     are in its metric, and all decompositions are fitted so.
     """
     moments = moments or {}
     moment, known = moments.get(layer.name, IDENTITY), layer.name in moments
-    parts = []
+    parts: list[tuple[_Candidates, Expansion]] = []
     seen = set()
     expansion: Expansion | None = None
     for name in names:
@@ -84,11 +88,10 @@ def measure_layer(
             continue
         seen.add(wiring)
         expansion = expand(name, weight, layer.shape, moment)
-        for grid in expansion.grids():
-            candidates = _candidates(name, layer, grid, units, align)
-            parts.append(_fitted(candidates, weight, expansion, layer.shape, moment))
+        parts += [(_candidates(name, layer, grid, units, align), expansion) for grid in expansion.grids()]
     exact = expansion if isinstance(expansion, WeightedExpansion) and not layer.shape.taps else None
-    return replace(_merged(layer, tuple(names), parts, units, known), weight=weight, moments=moments, exact=exact)
+    fitted = _raced(parts, units, _Fitting(weight, layer.shape, moment))
+    return replace(_merged(layer, tuple(names), fitted, units, known), weight=weight, moments=moments, exact=exact)
 
 
 def smallest_form(layer: LayerSpec, name: str) -> str:
@@ -243,27 +246,78 @@ def _balanced(name: str, layer: LayerSpec, ranks: Sequence[IntArray]) -> npt.NDA
     return np.asarray(np.abs(opened / inputs - summed / outputs) <= slack + 1e-12)
 
 
-def _fitted(
-    candidates: _Candidates, weight: Tensor, expansion: Expansion, shape: LayerShape, moment: Moment
-) -> _Candidates:
-    """The candidates with their errors scaled to what fitting reaches, where they are of a family.
+@dataclass(frozen=True)
+class _Fitting:
+    """Fits of a layer's candidates, by which their errors are scaled where they are of a family."""
 
-    The ratio is measured at a few candidates, from a sixteenth to three quarters of the largest, and interpolated over
-    the logarithm of the parameters.
-    """
-    method = DECOMPOSITIONS[candidates.name]
-    known = moment is not IDENTITY
-    if not len(candidates.errors) or family_in(candidates.name, shape, candidates.ranks[0].tolist(), known) is None:
-        return candidates
-    params = candidates.costs["params"]
-    size = np.log(params)
-    targets = size.max() + np.log(np.geomspace(1 / 16, 3 / 4, METRIC_KNOTS if known else method.knots))
-    knots = np.unique([int(np.abs(size - target).argmin()) for target in targets])
-    energy = energy_of(weight.double(), moment)
-    fits = []
-    for knot in knots:
-        ranks = tuple(int(rank) for rank in candidates.ranks[knot])
-        sweeps = method.sweeps // 3 if family_of(candidates.name, shape, ranks) else 0
-        reached = fitted_error(weight, shape, ranks, sweeps=sweeps, expansion=expansion, moment=moment, energy=energy)
-        fits.append(Fit(ranks, int(params[knot]), float(reached / max(candidates.closed[knot], 1e-300))))
-    return replace(candidates, errors=candidates.closed * ratios(params, fits), fits=tuple(fits))
+    weight: Tensor
+    shape: LayerShape
+    moment: Moment
+
+    @cached_property
+    def energy(self) -> float:
+        """E‖W x‖²."""
+        return energy_of(self.weight.double(), self.moment)
+
+    @property
+    def known(self) -> bool:
+        """Whether errors are in a metric."""
+        return self.moment is not IDENTITY
+
+    def knots(self, candidates: _Candidates) -> IntArray:
+        """The places to fit at, from a sixteenth to three quarters of the largest; none without a family."""
+        method = DECOMPOSITIONS[candidates.name]
+        none = not len(candidates.errors)
+        if none or family_in(candidates.name, self.shape, candidates.ranks[0].tolist(), self.known) is None:
+            return np.empty(0, dtype=np.int64)
+        size = np.log(candidates.costs["params"])
+        targets = size.max() + np.log(np.geomspace(1 / 16, 3 / 4, METRIC_KNOTS if self.known else method.knots))
+        return np.unique([int(np.abs(size - target).argmin()) for target in targets])
+
+    def fitted(self, candidates: _Candidates, expansion: Expansion, knots: IntArray) -> _Candidates:
+        """The candidates once those at some places are fitted too; between fits it is interpolated over log params."""
+        if not len(knots):
+            return candidates
+        params, fits = candidates.costs["params"], list(candidates.fits)
+        for knot in knots:
+            ranks = tuple(int(rank) for rank in candidates.ranks[knot])
+            alternates = family_of(candidates.name, self.shape, ranks) is not None
+            sweeps = DECOMPOSITIONS[candidates.name].sweeps // 3 if alternates else 0
+            reached = fitted_error(
+                self.weight,
+                self.shape,
+                ranks,
+                sweeps=sweeps,
+                expansion=expansion,
+                moment=self.moment,
+                energy=self.energy,
+            )
+            fits.append(Fit(ranks, int(params[knot]), float(reached / max(candidates.closed[knot], 1e-300))))
+        return replace(candidates, errors=candidates.closed * ratios(params, fits), fits=tuple(fits))
+
+
+def _raced(
+    parts: Sequence[tuple[_Candidates, Expansion]], units: Sequence[str], fitting: _Fitting
+) -> list[_Candidates]:
+    """The candidates with their errors as fits have them: at the smaller half of the knots, and where it may matter."""
+    knots = [fitting.knots(candidates) for candidates, _ in parts]
+    first = [fitting.fitted(*part, places[: len(places) // 2]) for part, places in zip(parts, knots, strict=True)]
+    trusted = [one for one in first if not (one.fits and DECOMPOSITIONS[one.name].optimistic)]
+    found = []
+    for one, (_, expansion), places in zip(first, parts, knots, strict=True):
+        others, larger = [other for other in trusted if other is not one], places[len(places) // 2 :]
+        rivals = [not _beaten(one, place, others, units) for place in larger.tolist()]
+        found.append(fitting.fitted(one, expansion, larger[np.array(rivals, dtype=np.bool_)]))
+    return found
+
+
+def _beaten(one: _Candidates, place: int, others: Sequence[_Candidates], units: Sequence[str]) -> bool:
+    """Whether a candidate of others costs no more than one at a place, in any unit, and has far less of an error."""
+    return any(
+        bool(
+            np.logical_and.reduce(
+                [other.errors * BEATEN <= one.errors[place], *(other.costs[u] <= one.costs[u][place] for u in units)]
+            ).any()
+        )
+        for other in others
+    )

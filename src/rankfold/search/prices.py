@@ -33,7 +33,7 @@ from rankfold.search.network_objectives import class_axis, over_classes
 from rankfold.search.widths import Width
 from rankfold.sharing import everywhere, owned
 
-TRIALS = (0.02, 0.1, 0.5)
+TRIALS = (0.05, 0.4)
 """Squared relative errors that are made, about."""
 TEMPERATURE = 2.0
 """Of the outputs' distributions that are compared."""
@@ -146,7 +146,8 @@ def _of_layer(model: nn.Module, curve: Curve, expansion: Expansion | None) -> It
     weight = weight_of(model.get_submodule(layer.name))
     for place in _nearest(grid.errors):
         rank = int(grid.ranks[0][place])
-        low = reconstruct(expansion.wiring, expansion.factors((rank,))).to(weight)
+        factors = tuple(one.to(torch.promote_types(weight.dtype, torch.float32)) for one in expansion.factors((rank,)))
+        low = reconstruct(expansion.wiring, factors).to(weight)
         yield Trial({f"{layer.name}.weight".lstrip("."): module_weight(layer, low)}, float(grid.errors[place]))
 
 

@@ -15,16 +15,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
 
 import numpy as np
 
-from rankfold.budget import RESOURCES, UNITS, Cost
-from rankfold.decompositions import wiring_of
+from rankfold.budget import RESOURCES, UNITS
 from rankfold.decompositions.wiring import LayerShape
 from rankfold.plan import INTERPOLATIVE
 from rankfold.search.candidates import pareto
 from rankfold.search.curves import Curve, FloatArray, IntArray
+from rankfold.search.forms import costs_at
 from rankfold.search.widths import Width
 
 FORMS = 24
@@ -232,21 +231,13 @@ class _Front:
         forms: Sequence[int],
     ) -> _Front:
         """The candidates with every one of some forms of a layer, at the size that it has between the chosen widths."""
-        own: dict[str, list[int]] = {unit: [] for unit in RESOURCES}
-        errors, kept = [], []
-        dense = curve.layer.cost(shape)
-        for form in forms:
-            cost = dense if form == 0 else cost_at(curve, form, shape)
-            if form and not _smaller(cost, dense, units):
-                continue
-            errors.append(losses[form])
-            kept.append(form)
-            for unit in RESOURCES:
-                own[unit].append(getattr(cost, unit))
-        summed = (self.errors[:, None] + np.array(errors)).ravel()
-        costs: dict[str, IntArray] = {
-            unit: (self.costs[unit][:, None] + np.array(own[unit], dtype=np.int64)).ravel() for unit in RESOURCES
-        }
+        own, dense = costs_at(curve, forms, shape), curve.layer.cost(shape)
+        smaller = np.logical_and.reduce([own[unit] <= getattr(dense, unit) for unit in units])
+        smaller &= np.logical_or.reduce([own[unit] < getattr(dense, unit) for unit in units])
+        stay = np.flatnonzero(smaller | (np.array(forms) == 0))
+        kept = np.array(forms)[stay]
+        summed = (self.errors[:, None] + losses[kept]).ravel()
+        costs: dict[str, IntArray] = {unit: (self.costs[unit][:, None] + own[unit][stay]).ravel() for unit in RESOURCES}
         choices = np.repeat(self.choices, len(kept), axis=0)
         choices[:, place] = np.tile(kept, len(self.errors))
         return _Front(summed, costs, choices).thinned(units, FRONT)
@@ -301,23 +292,6 @@ def _label(row: IntArray, sets: Sequence[Width]) -> tuple[int, ...]:
     """What stands for ranks in a candidate of a unit: its widths, then the forms of its layers."""
     widths = [one.widths[place] for one, place in zip(sets, row, strict=False)]
     return (*widths, *(int(form) for form in row[len(sets) :]))
-
-
-def cost_at(curve: Curve, form: int, shape: LayerShape) -> Cost:
-    """The cost of a layer's candidate at the shape that it has between narrower layers; of useless ranks, its own."""
-    if curve.methods[form] is None:
-        return curve.layer.cost(shape)
-    wiring, ranks = wiring_of(cast(str, curve.methods[form]), shape), list(curve.ranks[form])
-    for rank, largest in zip(ranks, wiring.largest_ranks(shape, ranks), strict=True):
-        if rank > largest:
-            return curve.layer.cost(shape)
-    return curve.layer.cost(shape, wiring, ranks)
-
-
-def _smaller(cost: Cost, dense: Cost, units: Sequence[str]) -> bool:
-    """Whether factors are smaller than the layer in one of the units, and larger in none."""
-    pairs = [(getattr(cost, unit), getattr(dense, unit)) for unit in units]
-    return all(one <= other for one, other in pairs) and any(one < other for one, other in pairs)
 
 
 def _sets_of(layer: str, sets: Sequence[Width], side: str) -> list[Width]:
