@@ -38,7 +38,7 @@ SURE = 1.3
 """Standard errors by which divergence has to grow to count: one time in ten it does by chance."""
 EXAMPLES = 64
 """Inputs on which errors are priced, at most."""
-WORK = 2**42
+WORK = 2**43
 """MACs of all passes over them, at most, but for one input where there are channels to be weighed."""
 
 

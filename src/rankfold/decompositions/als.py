@@ -24,7 +24,7 @@ LARGEST_DOUBLE = 2**15
 """Entries of a weight up to which its factors are found in float64, beyond in float32: the errors are the same."""
 WORK = 2**30
 """MACs of the weight times a factor up to which all rounds are made, beyond in inverse proportion fewer."""
-WORK_TO_MEASURE = 2**26
+WORK_TO_MEASURE = 2**28
 """The same where all that is asked for is the error, about."""
 FEWEST = 4
 """Rounds at least."""

@@ -33,7 +33,7 @@ from rankfold.search.network_objectives import class_axis, over_classes
 from rankfold.search.widths import Width
 from rankfold.sharing import everywhere, owned
 
-TRIALS = (0.05, 0.4)
+TRIALS = (0.02, 0.1, 0.5)
 """Squared relative errors that are made, about."""
 TEMPERATURE = 2.0
 """Of the outputs' distributions that are compared."""
