@@ -166,25 +166,11 @@ def _begun(
     starts: int,
     work: int = WORK,
 ) -> Factors:
-    """Factors after so many rounds of alternating least squares, in the coordinates of the expansion."""
-    if isinstance(expansion, WhitenedExpansion):
-        white = _alternated(expansion.weight, expansion.inner, shape, ranks, rounds, starts, work)
-        return expansion.whitening.unwhitened(expansion.wiring, white)
-    return _alternated(weight.double(), expansion, shape, ranks, rounds, starts, work)
-
-
-def _alternated(
-    weight: Tensor,
-    expansion: Expansion,
-    shape: LayerShape,
-    ranks: Sequence[int],
-    rounds: int,
-    starts: int,
-    work: int,
-) -> Factors:
-    """The best factors in the Frobenius norm after alternating least squares from so many starts."""
+    """The best factors after alternating least squares from so many starts, in the expansion's own Frobenius norm."""
+    white = expansion if isinstance(expansion, WhitenedExpansion) else None
+    weight, inner = (white.weight, white.inner) if white else (weight.double(), expansion)
     wiring = expansion.wiring
-    factors = alternate(weight, wiring, expansion.factors(ranks), sweeps=rounds, work=work)
+    factors = alternate(weight, wiring, inner.factors(ranks), sweeps=rounds, work=work)
     reached = [relative_error(weight, wiring, factors)] if starts > 1 else []
     for seed in range(1, starts if rounds else 1):
         start = _random(wiring, shape, ranks, weight, seed)
@@ -195,7 +181,7 @@ def _alternated(
         reached.append(error)
         if sum(one <= min(reached) * (1 + _AGREEMENT) for one in reached) == 4:
             break
-    return factors
+    return white.whitening.unwhitened(wiring, factors) if white else factors
 
 
 def _of_zero(wiring: Wiring, shape: LayerShape, ranks: Sequence[int], weight: Tensor) -> Factors:

@@ -259,19 +259,14 @@ class _Fitting:
         """E‖W x‖²."""
         return energy_of(self.weight.double(), self.moment)
 
-    @property
-    def known(self) -> bool:
-        """Whether errors are in a metric."""
-        return self.moment is not IDENTITY
-
     def knots(self, candidates: _Candidates) -> IntArray:
         """The places to fit at, from a sixteenth to three quarters of the largest; none without a family."""
-        method = DECOMPOSITIONS[candidates.name]
-        none = not len(candidates.errors)
-        if none or family_in(candidates.name, self.shape, candidates.ranks[0].tolist(), self.known) is None:
+        name, known = candidates.name, self.moment is not IDENTITY
+        if not len(candidates.errors) or family_in(name, self.shape, candidates.ranks[0].tolist(), known) is None:
             return np.empty(0, dtype=np.int64)
         size = np.log(candidates.costs["params"])
-        targets = size.max() + np.log(np.geomspace(1 / 16, 3 / 4, METRIC_KNOTS if self.known else method.knots))
+        count = METRIC_KNOTS if known else DECOMPOSITIONS[name].knots
+        targets = size.max() + np.log(np.geomspace(1 / 16, 3 / 4, count))
         return np.unique([int(np.abs(size - target).argmin()) for target in targets])
 
     def fitted(self, candidates: _Candidates, expansion: Expansion, knots: IntArray) -> _Candidates:
@@ -313,11 +308,10 @@ def _raced(
 
 def _beaten(one: _Candidates, place: int, others: Sequence[_Candidates], units: Sequence[str]) -> bool:
     """Whether a candidate of others costs no more than one at a place, in any unit, and has far less of an error."""
-    return any(
-        bool(
-            np.logical_and.reduce(
-                [other.errors * BEATEN <= one.errors[place], *(other.costs[u] <= one.costs[u][place] for u in units)]
-            ).any()
-        )
-        for other in others
-    )
+    for other in others:
+        beating = other.errors * BEATEN <= one.errors[place]
+        for unit in units:
+            beating &= other.costs[unit] <= one.costs[unit][place]
+        if beating.any():
+            return True
+    return False

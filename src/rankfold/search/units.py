@@ -230,11 +230,14 @@ class _Front:
         units: Sequence[str],
         forms: Sequence[int],
     ) -> _Front:
-        """The candidates with every one of some forms of a layer, at the size that it has between the chosen widths."""
-        own, dense = costs_at(curve, forms, shape), curve.layer.cost(shape)
-        smaller = np.logical_and.reduce([own[unit] <= getattr(dense, unit) for unit in units])
-        smaller &= np.logical_or.reduce([own[unit] < getattr(dense, unit) for unit in units])
-        stay = np.flatnonzero(smaller | (np.array(forms) == 0))
+        """The candidates with every one of some forms of a layer, at the size that it has between the chosen widths.
+
+        The first form is the layer as it is; others stay where they are smaller.
+        """
+        own = costs_at(curve, forms, shape)
+        stay = np.logical_and.reduce([own[unit] <= own[unit][0] for unit in units])
+        stay &= np.logical_or.reduce([own[unit] < own[unit][0] for unit in units])
+        stay[0] = True
         kept = np.array(forms)[stay]
         summed = (self.errors[:, None] + losses[kept]).ravel()
         costs: dict[str, IntArray] = {unit: (self.costs[unit][:, None] + own[unit][stay]).ravel() for unit in RESOURCES}
