@@ -1,8 +1,9 @@
-"""Refining block by block: accuracy of networks with and without it, from unlabelled inputs alone.
+"""Refining block by block, and distilling: accuracy of networks with and without, from unlabelled inputs alone.
 
 ImageNet networks are calibrated and refined on 500 validation images, an eighth of which is held back to judge by, and
 scored on 1,500 others; ResNet-20 on 512 training images and the CIFAR-10 test images. `--only CASE` runs some cases, a
-case being MODEL:DECOMPOSITIONS:BUDGET:EPOCHS, 0 epochs without, or with :COPIES of every image, shifted and mirrored.
+case being MODEL:DECOMPOSITIONS:BUDGET:EPOCHS, 0 epochs without, or with :COPIES of every image, shifted and mirrored,
+and :EPOCHS of distilling after it. `--synthetic` calibrates on inputs made from the network.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def main() -> None:
     """Writes the records of all cases, or of those asked for."""
     made = parser(__doc__ or "")
     made.add_argument("--only", action="append", help="a case (repeatable)")
+    made.add_argument("--synthetic", action="store_true", help="on inputs made from the network")
     arguments = made.parse_args()
     folder = require_data(arguments)
     for (name, _), cases in groupby(arguments.only or CASES, lambda case: tuple(case.split(":")[:2])):
@@ -43,19 +45,23 @@ def main() -> None:
         scored, batches = images(folder, name, 500)
         base, measured = accuracy(model, scored), None
         for case in cases:
-            measured = measured or studied(case, model, batches, batches, silent)
-            budget, epochs, *copies = case.split(":")[2:]
-            refining = Refining(int(epochs), copies=int(*copies))
-            recovery = replace(measured.recovery, refining=refining)
+            measured = measured or studied(
+                case, model, batches, "synthetic" if arguments.synthetic else batches, silent
+            )
+            budget, epochs, copies, distilled = (*case.split(":")[2:], "0", "0")[:4]
+            refining = Refining(int(epochs), copies=int(copies))
+            recovery = replace(measured.recovery, refining=refining, distilling=int(distilled))
             result = replace(measured, recovery=recovery).compress(Budget(macs=float(budget)))
             refined = result.plan.settings.get("refined_blocks", {})
             entry = image_record(
-                case,
+                f"{case}:synthetic" if arguments.synthetic else case,
                 result,
                 base,
                 scored,
                 epochs=refining.epochs,
                 copies=refining.copies,
+                distilled=recovery.distilling,
+                calibration=result.plan.settings["calibration"],
                 blocks=len(refined),
                 blocks_improved=sum(after < before for before, after in refined.values()),
                 study_seconds=round(measured.seconds, 1),

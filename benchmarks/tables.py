@@ -223,13 +223,15 @@ REFINING = {
     "macs_kept": "MACs kept",
     "epochs": "epochs by blocks",
     "copies": "copies of each image",
+    "distilled": "epochs as a whole",
+    "calibration": "calibrated on",
     "top1": "top-1 %",
     "lost": "points lost",
     "blocks_improved": "blocks improved",
     "seconds": "seconds",
     "peak_gb": "GB",
 }
-"""The columns of the records of refining by blocks."""
+"""The columns of the records of refining by blocks, and of distilling."""
 SPEED = {
     "case": "job",
     "what": "what",
@@ -392,6 +394,7 @@ ACCURACY = {
     "params_kept": "parameters kept",
     "epochs": "epochs by blocks",
     "copies": "copies of each image",
+    "distilled": "epochs as a whole",
     "base_top1": "top-1 %",
     "top1": "compressed",
     "lost": "points lost",
@@ -445,20 +448,25 @@ PAPER = {
 
 
 def most_refined(model: str) -> list[dict[str, Any]]:
-    """The last refined record at every budget, or the last, from given inputs without training of the whole network."""
+    """The last distilled record at every budget, or refined one, or the last, from given inputs without labels."""
     found: dict[float, dict[str, Any]] = {}
     for one in (*gathered("units"), *gathered("refining")):
         if one.get("model") == model and "top1" in one and one.get("calibration", "given inputs") == "given inputs":
             budget = round(one["macs_kept"], 2)
             if budget not in found or _recency(one) >= _recency(found[budget]):
-                found[budget] = {"epochs": 0, "copies": 0, **one, "network": NETWORKS[model]}
+                found[budget] = {"epochs": 0, "copies": 0, "distilled": 0, **one, "network": NETWORKS[model]}
     return [found[budget] for budget in sorted(found)]
 
 
-def _recency(one: dict[str, Any]) -> tuple[bool, str, int]:
-    """Whether a record is refined, its day, and its epochs by blocks, copies of the inputs counting as they do."""
+def _recency(one: dict[str, Any]) -> tuple[int, bool, str, int]:
+    """Epochs as a whole, whether blocks were refined, the day, and epochs by blocks, copies counting as they do."""
     epochs = int(one.get("epochs", 0) * (1 + one.get("copies", 0)))
-    return epochs > 0, one["date"], epochs
+    return one.get("distilled", 0), epochs > 0, one["date"], epochs
+
+
+def _by_effort(one: dict[str, Any]) -> tuple[Any, ...]:
+    """By network, from the largest budget to the least, from the least epochs to the most."""
+    return one.get("model", ""), -one.get("budget", 0), one.get("epochs", 0), one["distilled"]
 
 
 PUBLISHED: tuple[list[Any], ...] = (
@@ -475,12 +483,11 @@ def side_by_side() -> str:
         [f"{one['method']}, the same fraction everywhere, weights alone", *_sizes(one), "nothing", *_tops(one)]
         for one in gathered("weights_alone")
     ]
-    for records, how in (("units", ""), ("refining", ", refined by blocks")):
-        rows += [
-            [f"rankfold, {one['method']}{how}", *_sizes(one), "512 images without labels", *_tops(one)]
-            for one in gathered(records)
-            if one.get("model") == name and one["method"] == "auto"
-        ]
+    rows += [
+        [f"rankfold, {one['method']}{_recovered(one)}", *_sizes(one), "512 images without labels", *_tops(one)]
+        for one in (*gathered("units"), *gathered("refining"))
+        if one.get("model") == name and one["method"] == "auto"
+    ]
     rows += PUBLISHED
     rows += [
         [
@@ -495,6 +502,12 @@ def side_by_side() -> str:
     header = ["ResNet-20, CIFAR-10", "MACs kept", "parameters kept", "what it used", "base", "top-1 %", "points lost"]
     cells = [[*(f"{one:.3g}" if isinstance(one, float) and one < 1 else f"{one}" for one in row)] for row in rows]
     return table(header, [[*line, f"{row[4] - row[5]:.2f}"] for line, row in zip(cells, rows, strict=True)])
+
+
+def _recovered(one: dict[str, Any]) -> str:
+    """What was done for the accuracy of a network after least squares."""
+    refined = ", refined by blocks" if one.get("epochs") else ""
+    return f"{refined}, distilled" if one.get("distilled") else refined
 
 
 def _sizes(one: dict[str, Any]) -> list[float]:
@@ -656,8 +669,8 @@ def _fill_training() -> None:
         fill(ROOT / "docs" / "units.md", "units", f"\n{units(records)}\n\n{source(records)}")
     for marker, columns in (("refining", REFINING), ("calibrated_speed", SPEED)):
         if records := gathered(marker):
-            records = [{"copies": 0, **one} for one in records]
-            rows = sorted(records, key=lambda one: (one.get("model", ""), -one.get("budget", 0), one.get("epochs", 0)))
+            records = [{"copies": 0, "distilled": 0, "calibration": "given inputs", **one} for one in records]
+            rows = sorted(records, key=_by_effort)
             fill(ROOT / "docs" / "calibration.md", marker, f"\n{rows_of(rows, columns)}\n\n{source(records)}")
     if records := gathered("language"):
         records.sort(key=lambda one: (one["method"], one.get("inputs", "valid"), one["epochs"], -one["blocks_kept"]))

@@ -112,7 +112,8 @@ def compress(
     inputs, towards what the original's give; `rankfold.calibration.Refining` says more than their number.
 
     With `distil`, the whole network is at last trained for so many epochs towards what the original gives on the same
-    inputs, and the weights that come closest on inputs held back are kept; `rankfold.training.Training` says more.
+    inputs, of images also in its blocks, and the weights that come closest on inputs held back are kept;
+    `rankfold.training.Training` says more.
 
     With "interpolative" among the decompositions ("auto" has it), channels of hidden activations can go as well: the
     layers around them get narrower, and what reads them rebuilds the others (`rankfold.network.channels` says which

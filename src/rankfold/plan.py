@@ -177,6 +177,12 @@ class Plan:
         """The layers that are replaced by factors, or have fewer channels."""
         return tuple(layer for layer in self.layers if layer.decomposition is not None or layer.narrowed)
 
+    @property
+    def touched(self) -> frozenset[str]:
+        """The names of the layers whose weights are others: those that are changed, or rebuild channels that went."""
+        readers = {port.layer for one in self.narrowings for port in one.channels.consumers}
+        return frozenset(readers | {layer.name for layer in self.changed})
+
     def with_layers(self, layers: tuple[LayerPlan, ...]) -> Plan:
         """The same plan with other layer entries."""
         return replace(self, layers=layers)

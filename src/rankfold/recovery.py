@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 
 from torch import nn
@@ -12,12 +13,12 @@ from rankfold.calibration.moments import Calibration
 from rankfold.calibration.refining import Refining, refine_
 from rankfold.errors import DataError
 from rankfold.network.copies import duplicate
-from rankfold.network.passes import examples_in
+from rankfold.network.passes import Inputs, examples_in
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
 from rankfold.sharing import place
 from rankfold.training import Losses, Training, Unlabelled, fine_tune
-from rankfold.training.augment import with_copies
+from rankfold.training.augment import is_images, with_copies
 from rankfold.training.settings import distilling
 from rankfold.units import better
 
@@ -105,7 +106,7 @@ class Recovery:
             teacher=model,
             plan=plan,
             training=training,
-            losses=Losses(task=0.0, temperature=1.0),
+            losses=learned(known.inputs),
             held_out=held if len(held) else None,
             progress=lambda what, *rest: progress(what.replace("fine-tuning", "distilling"), *rest),  # pyrefly: ignore[bad-argument-type]
         )
@@ -113,6 +114,16 @@ class Recovery:
         told = {**asdict(training), "precision": trained.precision, "divergence": [trained.started, *reached]}
         plan = _measured_again(trained.model, model, plan, known)
         return trained.model, replace(plan, settings={**plan.settings, "distilled": told})
+
+
+def learned(batches: Iterable[Inputs]) -> Losses:
+    """What a distilled network learns: of images what the original's blocks give, of anything else its outputs.
+
+    A language model says something at every token; of images, outputs alone are too little to learn from.
+    """
+    if is_images(next(iter(batches))):
+        return Losses(task=0.0, logits=0.0, blocks=1.0)
+    return Losses(task=0.0, temperature=1.0)
 
 
 def _measured_again(student: nn.Module, model: nn.Module, plan: Plan, known: Calibration) -> Plan:

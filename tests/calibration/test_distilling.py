@@ -136,5 +136,46 @@ def test_labels_are_not_there_to_be_learned_from():
     model = words()
     data, step = Unlabelled.of(rows(0, 32), 8)
     training = Training(epochs=1, batch_size=step, precision="no", augment="cifar")
-    with pytest.raises(TrainingError, match="augment 'cifar' is for images"):
+    with pytest.raises(TrainingError, match="augment 'cifar' and cutmix 0.0 are for images"):
         fine_tune(model, data, teacher=model, training=training, losses=Losses(task=0.0))
+
+
+class Residual(nn.Module):
+    """A block of a small network of images."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.last = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.last(self.norm(self.first(x)).relu())
+
+
+def test_of_images_all_that_blocks_give_is_learned_and_norms_keep_their_statistics():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1), *(Residual(12) for _ in range(3)),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5),
+    ).eval()  # fmt: skip
+    model[-1].weight.data *= 30
+    draw = torch.Generator().manual_seed(1)
+    seen, unseen = torch.rand(200, 3, 16, 16, generator=draw), torch.rand(100, 3, 16, 16, generator=draw)
+    options: dict[str, Any] = {
+        "decomposition": "spatial", "budget": Budget(macs=0.4), "calibration": seen.split(20), "sequential": False
+    }  # fmt: skip
+    plain, distilled = (compress(model, seen[:1], distil=one, **options) for one in (0, 8))
+    with torch.no_grad():
+        lost = [
+            [
+                float((part(unseen) - theirs(unseen)).square().mean())
+                for theirs, part in ((model, one), (model[:4], one[:4]))
+            ]
+            for one in (plain.model, distilled.model)
+        ]
+    assert all(after < 0.7 * before for before, after in zip(*lost, strict=True)), lost
+    told = distilled.plan.settings["distilled"]
+    assert (told["as_evaluated"], told["augment"], told["cutmix"] > 0) == (True, "cifar", True)
+    for place in (1, 2, 3):
+        norms = (one.model.get_submodule(f"{place}.norm") for one in (plain, distilled))
+        assert torch.equal(*(one.running_var for one in norms))

@@ -13,7 +13,9 @@ from rankfold import ArtifactError, Budget, BudgetError, DataError, ModelError, 
 from rankfold.calibration import Refining, refining
 from rankfold.calibration.refining import refine_
 from rankfold.files.artifact import load, save
+from rankfold.network.blocks import norms_behind
 from rankfold.network.copies import duplicate
+from rankfold.reports.demo import digits
 from rankfold.training.augment import with_copies
 
 
@@ -167,6 +169,41 @@ def test_a_run_that_was_killed_goes_on_from_its_last_block(tmp_path: Path, monke
     next((tmp_path / "work").glob("block-*")).write_bytes(b"cut off")
     with pytest.raises(ArtifactError, match="cannot be read"):
         compressed(model, Refining(3, checkpoint=tmp_path / "work"))
+
+
+def test_convolutions_in_front_of_batch_norms_are_refined_together_with_them() -> None:
+    """The digits network is a plain row: what its norms hold was corrected, and no convolution is to be as before."""
+    model, scored = digits()
+    seen = [scored.batch(start, start + 20)[0] for start in range(0, 200, 20)]
+    options: dict[str, Any] = {"decomposition": "spatial", "budget": Budget(macs=0.12), "calibration": seen}
+    x = scored.batch(200, 360)[0]
+    plain, refined = (compress(model, x[:1], refine=epochs, **options) for epochs in (0, 6))
+    assert refined.plan.settings["refined_blocks"].keys() >= {"features.3", "features.7", "features.10"}
+    assert distance(model, refined.model, x) < 1.2 * distance(model, plain.model, x)
+    found = norms_behind(model, ["features.0", "features.3", "features.10"], x[:1])
+    assert found == {"features.0": "features.1", "features.3": "features.4", "features.10": "features.11"}
+
+
+def test_norms_count_only_where_they_take_what_a_block_gives_and_in_its_order() -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.norms = nn.ModuleList([nn.BatchNorm1d(4), nn.BatchNorm1d(4)])
+            self.crossed = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            one, two = self.one(x), self.two(x)
+            if self.crossed:
+                two = self.norms[1](two)
+                return self.norms[0](one) + two
+            return self.norms[0](one) + self.norms[1](two.relu())
+
+    model, x = Rows().eval(), torch.randn(3, 4)
+    assert norms_behind(model, ["two"], x) == {}
+    assert norms_behind(model, ["one"], x) == {"one": "norms.0"}
+    model.crossed = True
+    assert norms_behind(model, ["one", "two"], x) == {}
 
 
 def test_copies_of_images_are_refined_on_as_well() -> None:

@@ -94,6 +94,8 @@ def test_another_teacher_and_no_labels(small: Path, tmp_path: Path, capsys, monk
     teacher = ("--teacher", "zoo:digits", "--teacher-weights", str(ASSETS / "digits.safetensors"))
     options = (
         "--no-labels",
+        "--cutmix",
+        "0.5",
         "--no-scaled",
         "--damping",
         "0",

@@ -21,7 +21,7 @@ from rankfold.reports.demo import digits
 from rankfold.sharing import place
 from rankfold.sources.data import Dataset, Normalisation
 from rankfold.training import Geometry, Losses, Trained, Training, checkpoints, fine_tune, loop, split
-from rankfold.training.augment import AUGMENTATIONS, PADDING
+from rankfold.training.augment import AUGMENTATIONS, PADDING, boxes_of_others
 from rankfold.training.distillation import Distillation
 from rankfold.training.settings import rate_at
 
@@ -295,6 +295,11 @@ def test_losses_by_layer_are_those_of_the_paper():
         (lambda: Losses(reduction="max"), "neither 'mean' nor 'sum'"),
         (lambda: Training(optimiser="lion"), "allowed: sgd, adamw"),
         (lambda: Training(ema=1.0), "decay per step"),
+        (lambda: Training(cutmix=1.5), "cutmix 1.5 is a share"),
+        (
+            lambda: fine_tune(network(), images(), losses=NO_TEACHER, training=replace(QUICK, cutmix=0.5)),
+            "cutmix is for training without labels",
+        ),
         (lambda: Training(epochs=0), "must be positive"),
         (lambda: Training(damping=-1.0), "damping -1.0 must be zero"),
         (lambda: Training(clip=float("nan")), "clip nan must be zero"),
@@ -315,6 +320,61 @@ def test_losses_by_layer_are_those_of_the_paper():
 def test_what_does_not_fit_is_refused(make, message: str):
     with pytest.raises(TrainingError, match=message):
         make()
+
+
+def test_the_loss_by_block_is_the_mean_of_their_relative_errors():
+    teacher, data = network(), images()
+    student, plan = student_of(teacher)
+    x, y = data.batch(0, 32)
+    losses = Losses(task=0.0, logits=0.0, blocks=0.5)
+    found = Distillation(losses, student, teacher, plan, [x[:16], x[16:]])(student, x, y)
+    expected = []
+    for name in plan.touched:
+        place = int(name) + 1
+        theirs, own = teacher[:place](x), student[:place](x)
+        expected.append(float(((own - theirs).square().sum() / theirs.square().sum()).detach()))
+    assert len(expected) > 1
+    assert set(found) == {"blocks"}
+    assert float(found["blocks"].detach()) == pytest.approx(0.5 * sum(expected) / len(expected), rel=1e-4)
+
+
+def test_a_network_without_blocks_is_compared_as_a_whole():
+    """The one layer that is changed is called twice."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(12, 12)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(self.layer(x).relu())
+
+    teacher, x = Twice().eval(), torch.randn(4, 12)
+    small = compress(teacher, x[:1], decomposition="svd", budget=Budget(params=0.5), calibration="none")
+    losses = Losses(task=0.0, logits=0.0, blocks=1.0)
+    (found,) = Distillation(losses, small.model, teacher, small.plan, [x])(small.model, x, x).values()
+    expected = (small.model(x) - teacher(x)).square().sum() / teacher(x).square().sum()
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_network_is_trained_as_it_is_evaluated_where_that_is_asked_for():
+    """Batch norms keep their statistics, and without dropout two seeds that see whole batches end alike."""
+    teacher = network(dropout=0.5)
+    student, plan = student_of(teacher)
+    training = Training(epochs=1, batch_size=80, rate=0.01, precision="no", as_evaluated=True)
+    options = {"teacher": teacher, "plan": plan, "losses": Losses(task=0.0, blocks=1.0)}
+    one, other = (
+        fine_tune(student, images(), training=replace(training, seed=seed), **options).model for seed in (0, 1)
+    )
+    statistics = {name: tensor for name, tensor in student.named_buffers() if "running" in name}
+    assert statistics
+    for name, tensor in statistics.items():
+        assert torch.equal(one.get_buffer(name), tensor)
+    for (name, a), b, before in zip(one.named_parameters(), other.parameters(), student.parameters(), strict=True):
+        assert not torch.equal(a, before), name
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    usual = fine_tune(student, images(), training=replace(training, as_evaluated=False), **options).model
+    assert not torch.equal(usual.get_buffer("1.running_mean"), statistics["1.running_mean"])
 
 
 def test_without_labels_only_the_teacher_counts(tmp_path: Path):
@@ -363,6 +423,28 @@ def test_crops_of_large_images_keep_shape_and_range():
     torch.testing.assert_close(AUGMENTATIONS["imagenet"](flat, torch.zeros(3), torch.Generator()), flat)
 
 
+def test_boxes_are_those_of_other_images_in_a_share_of_the_batches():
+    """Every image has a value of its own, so that what is in it tells where it is from."""
+    x = torch.arange(6.0).reshape(6, 1, 1, 1).expand(6, 2, 9, 12).clone()
+    generator, changed, areas = torch.Generator().manual_seed(0), 0, []
+    for _ in range(400):
+        mixed = boxes_of_others(x, 0.25, generator)
+        inside = (mixed != x).any(0)[0]
+        changed += bool(inside.any())
+        if not inside.any():
+            continue
+        rows, columns = inside.any(1), inside.any(0)
+        assert torch.equal(inside, rows[:, None] & columns)
+        box = mixed[:, :, rows][..., columns]
+        assert all(len(one.unique()) == 1 for one in box)
+        assert torch.equal(box[:, 0, 0, 0].sort().values, x[:, 0, 0, 0])
+        areas.append(float(inside.float().mean()))
+    assert changed / 400 == pytest.approx(0.25, abs=0.06)
+    assert min(areas) < 0.2
+    assert max(areas) > 0.7
+    assert torch.equal(boxes_of_others(x, 0.0, generator), x)
+
+
 @pytest.mark.parametrize("decomposition", ["spatial", "cp3"])
 def test_a_real_network_recovers(decomposition: str):
     """The embedded digits network at a sixth of its MACs, from its training digits; scored on those held out."""
@@ -398,7 +480,7 @@ def _trained(out: Path, rank: int, processes: int) -> None:
     if processes > 1:
         join(out.with_suffix(".store"), rank, processes)
     teacher, data = network(), images()
-    losses = Losses(weights=0.5, outputs=0.5)
+    losses = Losses(weights=0.5, outputs=0.5, blocks=0.5)
     training = Training(epochs=2, batch_size=16, rate=0.05, warmup=2, precision="no", augment="cifar", ema=0.9)
     states = {}
     for decomposition in ("svd", "cp3"):

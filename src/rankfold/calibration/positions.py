@@ -79,6 +79,12 @@ def by_row(weights: Tensor | None, x: Float[Tensor, "examples *places features"]
     return weights.to(x).repeat(len(x))
 
 
+def weighted_square(given: Tensor, weights: Tensor | None) -> Tensor:
+    """The sum of squares of what a module gives, every place counted by its weight where there are some."""
+    counts = by_row(weights, given)
+    return given.square().sum() if counts is None else counts @ given.square().sum(-1).flatten()
+
+
 def weighted_patches(
     module: nn.Module, x: Tensor, thinning: slice, weights: Tensor | None
 ) -> Iterator[tuple[Float[Tensor, "g rows n"], Float[Tensor, " rows"] | None]]:

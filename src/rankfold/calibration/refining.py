@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from rankfold.calibration.in_step import most_waiting
 from rankfold.calibration.moments import forward_batch
-from rankfold.calibration.positions import by_row, position_weights
+from rankfold.calibration.positions import position_weights, weighted_square
 from rankfold.calibration.walks import walking
 from rankfold.errors import ArtifactError, BudgetError
 from rankfold.memory import trim
-from rankfold.network.blocks import find_blocks, first_tensor
+from rankfold.network.blocks import WithNorm, find_blocks, first_tensor, norms_behind
 from rankfold.network.passes import Inputs, copied, digest_of, evaluating, split
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
@@ -110,31 +110,38 @@ def refine_(
     judged, seen = split(held, refining.batch_size), split(batches, refining.batch_size)
     if not (refining.epochs and seen and judged):
         return []
-    readers = {port.layer for one in plan.narrowings for port in one.channels.consumers}
-    changed = readers | {layer.name for layer in plan.changed}
-    blocks = find_blocks(model, student, seen[0], changed, given=refining.blocks)
+    blocks = find_blocks(model, student, seen[0], plan.touched, given=refining.blocks)
     both, found = [*judged, *seen], []
-    weights = position_weights(model, blocks, batches)
+    behind = norms_behind(model, list(blocks), seen[0])
+    ends = {behind.get(name, name): size for name, size in blocks.items()}
+    weights = position_weights(model, ends, batches)
     kept = _Kept.opened(refining, plan, both)
-    theirs, own = _walks(model, blocks, both), _walks(student, blocks, both, arguments=True)
+    theirs, own = _walks(model, ends, both), _walks(student, blocks, both, arguments=True)
     with evaluating(model), evaluating(student), theirs as originals, own as walks:
         for place, (name, most) in enumerate(most_waiting(blocks).items()):
             progress("refining blocks", place, len(blocks))
             pairs = list(zip(originals, walks, strict=True))[: max(most, len(judged) + 1)]
-            calls = [(original.to(place), walk.to(place)) for original, walk in pairs]
-            module, wanted = student.get_submodule(name), [first_tensor(one) for one, _ in calls]
+            calls = [(theirs_at.to(place), walk.to(place)) for theirs_at, walk in pairs]
+            module, original = (_whole(one, name, behind.get(name)) for one in (student, model))
+            wanted = [first_tensor(one) for one, _ in calls]
             if all(one is not None for one in wanted):
                 inputs, own_parameters = [call for _, call in calls], _own(student, module)
                 done = kept.read_(place, own_parameters)
                 if done is None:
-                    targets = _mixed(model.get_submodule(name), inputs, cast("list[Tensor]", wanted), refining.mixed)
-                    examples = _Examples(inputs, targets, len(judged), weights.get(name))
+                    targets = _mixed(original, inputs, cast("list[Tensor]", wanted), refining.mixed)
+                    examples = _Examples(inputs, targets, len(judged), weights.get(behind.get(name, name)))
                     done = _descended(module, own_parameters, examples, refining.epochs)
                     kept.write(place, own_parameters, done)
                 found.append(Refined(name, *done))
             trim()
     progress("refining blocks", len(blocks), len(blocks))
     return found
+
+
+def _whole(model: nn.Module, name: str, norm: str | None) -> nn.Module:
+    """A block, with the norm behind it where there is one."""
+    block = model.get_submodule(name)
+    return WithNorm(block, model.get_submodule(norm)) if norm else block
 
 
 def _walks(model: nn.Module, blocks: Mapping[str, int], batches: Sequence[Inputs], *, arguments: bool = False) -> Any:
@@ -240,19 +247,13 @@ class _Examples:
 
     def energy(self, places: range) -> float:
         """The square of what the block is to give, over some batches."""
-        return sum(float(self._square(self.wanted[place])) for place in places)
+        return sum(float(weighted_square(self.wanted[place], self.weights)) for place in places)
 
     def lost(self, module: nn.Module, place: int) -> Tensor:
         """The squared error of a batch, differentiable in the module's parameters."""
         args, kwargs = _fresh(self.calls[place])
         output = cast(Tensor, first_tensor(module(*args, **kwargs)))
-        return self._square((output - self.wanted[place]).float())
-
-    def _square(self, given: Tensor) -> Tensor:
-        counts = by_row(self.weights, given)
-        if counts is None:
-            return given.square().sum()
-        return counts @ given.square().sum(-1).flatten()
+        return weighted_square((output - self.wanted[place]).float(), self.weights)
 
 
 def _descended(

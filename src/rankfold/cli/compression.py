@@ -138,8 +138,8 @@ def compress(
         int,
         typer.Option(
             min=0,
-            help="Epochs in which the whole network then learns from the original's outputs on the calibration inputs, "
-            "without labels; for language models above all.",
+            help="Epochs in which the whole network then learns from the original on the calibration inputs, without "
+            "labels: of images what its blocks give (some 40), of text its outputs (1).",
         ),
     ] = 0,
     align: Annotated[

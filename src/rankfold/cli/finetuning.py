@@ -42,6 +42,13 @@ def finetune(
     augment: Annotated[
         str, typer.Option(help="none, cifar (crop and mirror) or imagenet (random resized crop).")
     ] = "none",
+    cutmix: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of the batches of images with a box of each from another; no labels."),
+    ] = 0.0,
+    as_evaluated: Annotated[
+        bool, typer.Option("--as-evaluated", help="Batch norms keep their statistics, and there is no dropout.")
+    ] = False,
     damping: Annotated[
         float,
         typer.Option(min=0, help="How far the terms of CP layers are kept from cancelling, before training; 0: not."),
@@ -53,6 +60,7 @@ def finetune(
     temperature: Annotated[float, typer.Option(help="Temperature they are softened at.")] = 4.0,
     layer_weights: Annotated[float, typer.Option(help="Weight of the distances between layers' weights.")] = 0.0,
     layer_outputs: Annotated[float, typer.Option(help="Weight of the distances between layers' outputs.")] = 0.0,
+    block_outputs: Annotated[float, typer.Option(help="Weight of the distances between blocks' outputs.")] = 0.0,
     reduction: Annotated[str, typer.Option(help="mean or sum, of the two distances by layer.")] = "mean",
     labels: Annotated[bool, typer.Option(help="Use labels; without, the teacher alone.")] = True,
     held_out: Annotated[int | None, typer.Option(min=1, help="Examples never trained on; default a tenth.")] = None,
@@ -88,12 +96,14 @@ def finetune(
         scaled=scaled,
         ema=ema,
         augment=augment,
+        cutmix=cutmix,
+        as_evaluated=as_evaluated,
         precision=precision,
         minutes=minutes,
         patience=patience,
         seed=seed,
     )
-    losses = Losses(task, logits, temperature, layer_weights, layer_outputs, reduction)
+    losses = Losses(task, logits, temperature, layer_weights, layer_outputs, block_outputs, reduction)
     with progress_bars(as_json) as progress:
         found = fine_tune_saved(
             directory,

@@ -17,6 +17,7 @@ from rankfold.errors import ModelError, UnknownNameError
 from rankfold.network.finding import matches
 from rankfold.network.hooks import attached
 from rankfold.network.passes import Inputs, run, tensors_in
+from rankfold.network.tracing import holds_statistics
 
 
 def find_blocks(
@@ -43,6 +44,51 @@ def find_blocks(
             "compressed network; name others"
         )
     return found
+
+
+class WithNorm(nn.Module):
+    """A block and the batch norm that takes what it gives."""
+
+    def __init__(self, block: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        self.block, self.norm = block, norm
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.norm(first_tensor(self.block(*args, **kwargs)))
+
+
+def norms_behind(model: nn.Module, blocks: Sequence[str], inputs: Inputs) -> dict[str, str]:
+    """The batch norms that take what some blocks give, as it is, by the blocks' names.
+
+    Such a block, a convolution of a plain network, counts by what the norm behind it gives, as norms of a compressed
+    network have other statistics than the original's. Nothing where norms are not called in the order of the blocks.
+    """
+    given: list[tuple[Tensor | None, str]] = []
+    found: dict[str, str] = {}
+    called: list[str] = []
+
+    def keep(name: str) -> Any:
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            given.append((first_tensor(output), name))
+            called.append(name)
+
+        return note
+
+    def take(norm: str) -> Any:
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            makers = [name for tensor, name in given if args and tensor is args[0]]
+            if makers:
+                found[makers[0]] = norm
+                called[called.index(makers[0])] = ""
+                called.append(makers[0])
+
+        return note
+
+    norms = [(name, one) for name, one in model.named_modules() if holds_statistics(one)]
+    watched = [model.get_submodule(name).register_forward_hook(keep(name)) for name in blocks]
+    with attached([*watched, *(one.register_forward_pre_hook(take(name)) for name, one in norms)]):
+        run(model, inputs)
+    return found if [name for name in called if name] == list(blocks) else {}
 
 
 def _named(model: nn.Module, patterns: Sequence[str]) -> set[str]:

@@ -19,8 +19,9 @@ from rankfold.network.passes import Inputs
 
 Augmentation = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 
-PADDING = 4
-"""Pixels around a small image before it is cropped (He et al., arXiv 1512.03385, section 4.2)."""
+PADDING, MARGIN = 4, 8
+"""Pixels around a small image before it is cropped (He et al., arXiv 1512.03385, section 4.2), but no more than one for
+so many pixels of its side, so that as much of it is left where it is smaller than theirs."""
 SMALLEST, LARGEST_RATIO = 0.08, 4 / 3
 """Smallest share of the area and largest ratio of the sides of a crop (Szegedy et al., arXiv 1409.4842, section 6)."""
 
@@ -38,8 +39,9 @@ def cifar(
     """Each image padded with black, cropped to its size at a random place, and mirrored or not."""
     n, _, height, width = x.shape
     shade = black.reshape(1, -1, 1, 1)
-    padded = functional.pad(x - shade, [PADDING] * 4) + shade
-    down, right = (torch.randint(0, 2 * PADDING + 1, (n, 1), generator=generator) for _ in range(2))
+    padding = min(PADDING, min(height, width) // MARGIN)
+    padded = functional.pad(x - shade, [padding] * 4) + shade
+    down, right = (torch.randint(0, 2 * padding + 1, (n, 1), generator=generator) for _ in range(2))
     columns = torch.arange(width).expand(n, -1)
     columns = torch.where(_coin(n, generator)[:, None], columns.flip(1), columns) + right
     rows = torch.arange(height) + down
@@ -62,6 +64,23 @@ def imagenet(
     theta[:, :, 2] = places * torch.stack([1 - wide, 1 - high], 1)
     grid = functional.affine_grid(theta, list(x.shape), align_corners=False).to(x.device, x.dtype)
     return functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def boxes_of_others(x: Float[Tensor, "n c h w"], share: float, generator: torch.Generator) -> Float[Tensor, "n c h w"]:
+    """In a share of all batches, the images with a box in each that is another's (Yun et al., arXiv 1905.04899).
+
+    The box has any share of the area, evenly, the shape of the image and the same place in all (there section 3.1).
+    """
+    chosen, area = torch.rand(2, generator=generator).tolist()
+    if chosen >= share:
+        return x
+    sides = [int(size * math.sqrt(area)) for size in x.shape[2:]]
+    spare = [size - side + 1 for size, side in zip(x.shape[2:], sides, strict=True)]
+    down, right = (int(torch.randint(most, (), generator=generator)) for most in spare)
+    inside = (..., slice(down, down + sides[0]), slice(right, right + sides[1]))
+    mixed = x.clone()
+    mixed[inside] = x[torch.randperm(len(x), generator=generator)][inside]
+    return mixed
 
 
 AUGMENTATIONS: dict[str, Augmentation] = {"none": none, "cifar": cifar, "imagenet": imagenet}

@@ -1,16 +1,17 @@
 """What fine-tuning lowers: the task's loss, and distances from a teacher in outputs, layers and weights.
 
     L = a L_task + b T² KL(teacher ‖ student at temperature T) + c Σ_i ‖W_i − Ŵ_i‖² + d Σ_i ‖O_i(x) − D_i(x)‖²
+        + e Σ_k ‖B_k(x) − B̂_k(x)‖² / E‖B_k‖²
 
-The last two are L_diss of arXiv 2409.03555: W_i and O_i are the weight and the output of the original's i-th decomposed
-layer, Ŵ_i and D_i those of its factors; layers that lost channels have no match and are left out. They need the
-original as the teacher, the second term any network that gives the same classes (Hinton et al., arXiv 1503.02531). Each
-is a mean over entries and layers, or a sum.
+The third and fourth are L_diss of arXiv 2409.03555: W_i and O_i are the weight and the output of the original's i-th
+decomposed layer, Ŵ_i and D_i those of its factors; layers that lost channels have no match and are left out. Each is a
+mean over entries and layers, or a sum. The last is the mean over the blocks around all that was changed. They need the
+original as the teacher, the second term any network that gives the same classes (Hinton et al., arXiv 1503.02531).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,12 +22,16 @@ from torch.nn import functional
 
 from rankfold.decompositions import reconstruct, wiring_of
 from rankfold.errors import TrainingError
+from rankfold.network.blocks import first_tensor
 from rankfold.network.hooks import attached
 from rankfold.network.kinds import shape_of, stage_factors, weight_of
 from rankfold.network.passes import Inputs, arguments_of, examples_in, output_of
 from rankfold.plan import LayerPlan, Plan
 from rankfold.search.network_objectives import over_classes, softened
+from rankfold.training.block_targets import BlockTarget, block_targets
 from rankfold.training.geometry import check_place, opened_original
+
+_TERMS = ("task", "logits", "weights", "outputs", "blocks")
 
 
 @dataclass(frozen=True)
@@ -42,45 +47,60 @@ class Losses:
     temperature: float = 4.0
     weights: float = 0.0
     outputs: float = 0.0
+    blocks: float = 0.0
     reduction: str = "mean"
     criterion: Callable[[Any, Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.reduction not in ("mean", "sum"):
             raise TrainingError(f"reduction {self.reduction!r} is neither 'mean' nor 'sum'")
-        given = {name: getattr(self, name) for name in ("task", "logits", "weights", "outputs")}
+        given = {name: getattr(self, name) for name in _TERMS}
         negative = [name for name, value in given.items() if value < 0]
         if negative:
             raise TrainingError(
                 f"the weight of the {negative[0]} loss is {given[negative[0]]}; it must not be negative"
             )
         if not any(given.values()):
-            raise TrainingError("every loss has weight zero; give one of task, logits, weights and outputs a weight")
+            raise TrainingError(f"every loss has weight zero; give one of {', '.join(_TERMS)} a weight")
 
     @property
     def by_layer(self) -> bool:
-        """Whether a term goes by layers, which needs the original as the teacher."""
-        return self.weights > 0 or self.outputs > 0
+        """Whether a term goes by layers or blocks, which needs the original as the teacher."""
+        return self.weights > 0 or self.outputs > 0 or self.blocks > 0
 
     @property
     def taught(self) -> bool:
         """Whether a term needs a pass of the teacher."""
-        return self.logits > 0 or self.outputs > 0
+        return self.logits > 0 or self.outputs > 0 or self.blocks > 0
 
 
 class Distillation:
-    """The terms for a student and its teacher, which is run in evaluation mode and gets no gradients."""
+    """The terms for a student and its teacher, which is run in evaluation mode and gets no gradients.
 
-    def __init__(self, losses: Losses, student: nn.Module, teacher: nn.Module | None, plan: Plan | None) -> None:
+    `examples` are batches that the blocks are found on, where their outputs count.
+    """
+
+    def __init__(
+        self,
+        losses: Losses,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        plan: Plan | None,
+        examples: Sequence[Inputs] = (),
+    ) -> None:
         if losses.taught and teacher is None:
             raise TrainingError("losses of logits and outputs need a teacher; give one, or set their weights to zero")
         if losses.by_layer and (teacher is None or plan is None):
-            raise TrainingError("losses by layer need the original as the teacher, and the plan of its layers")
+            raise TrainingError("losses by layer or block need the original as the teacher, and the plan of its layers")
         if losses.by_layer and teacher is not None and plan is not None:
             teacher = opened_original(teacher, plan)
         self.losses, self.student, self.teacher = losses, student, teacher
-        self.layers = tuple(one for one in plan.decomposed if not one.narrowed) if plan and losses.by_layer else ()
-        if losses.by_layer and plan and plan.changed and not self.layers:
+        compared = plan.decomposed if plan and (losses.weights or losses.outputs) else ()
+        self.layers = tuple(one for one in compared if not one.narrowed)
+        self.blocks: Mapping[str, BlockTarget] = {}
+        if losses.blocks and teacher is not None and plan is not None:
+            self.blocks = block_targets(teacher, student, plan, examples)
+        if (losses.weights or losses.outputs) and plan and plan.changed and not self.layers:
             raise TrainingError("no layer is decomposed and as wide as it was; set the losses by layer to zero")
         for layer in self.layers:
             check_place(cast(nn.Module, teacher), layer, "make it the teacher, or set the losses by layer to zero")
@@ -102,8 +122,12 @@ class Distillation:
         if losses.weights:
             terms["weights"] = losses.weights * self._over_layers(self._weight_distance)
         if losses.outputs:
-            distances = {name: self._distance(own[name], theirs[name], examples_in(x)) for name in own}
+            count, named = examples_in(x), (layer.name for layer in self.layers)
+            distances = {name: self._distance(own[name], theirs[name], count) for name in named}
             terms["outputs"] = losses.outputs * self._over_layers(lambda layer: distances[layer.name])
+        if losses.blocks:
+            lost = [one.distance(own[name], theirs[name], examples_in(x)) for name, one in self.blocks.items()]
+            terms["blocks"] = losses.blocks * torch.stack(lost).mean()
         return terms
 
     def _over_layers(self, distance: Callable[[LayerPlan], Tensor]) -> Tensor:
@@ -123,15 +147,18 @@ class Distillation:
 
     @contextmanager
     def _outputs(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
-        """What the decomposed layers, or those they stand for, give in a pass."""
+        """What the blocks and the decomposed layers, or those they stand for, give in a pass."""
         seen: dict[str, Tensor] = {}
 
         def keep(name: str) -> Any:
-            return lambda module, args, output: seen.__setitem__(name, output.clone())  # a ReLU may overwrite it
+            def note(module: nn.Module, args: Any, output: Any) -> None:
+                seen[name] = cast(Tensor, first_tensor(output)).clone()  # a ReLU may overwrite it
 
+            return note
+
+        layers = {layer.name for layer in self.layers} if self.losses.outputs else set()
         with attached(
-            model.get_submodule(layer.name).register_forward_hook(keep(layer.name))
-            for layer in (self.layers if self.losses.outputs else ())
+            model.get_submodule(name).register_forward_hook(keep(name)) for name in sorted(layers | self.blocks.keys())
         ):
             yield seen
 

@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rankfold.calibration.positions import EXAMPLES
 from rankfold.errors import TrainingError
 from rankfold.network.copies import duplicate
 from rankfold.network.passes import Inputs, mapped
@@ -26,7 +27,7 @@ from rankfold.progress import Progress, silent
 from rankfold.sources.data import Dataset
 from rankfold.sources.text import TextData
 from rankfold.training import checkpoints
-from rankfold.training.augment import augmentation
+from rankfold.training.augment import augmentation, boxes_of_others
 from rankfold.training.checkpoints import Checkpoint
 from rankfold.training.distillation import Distillation, Losses
 from rankfold.training.examples import Examples, score_of
@@ -114,18 +115,24 @@ class _Run:
                 f"batches of {training.batch_size} do not divide among {self.world} processes, or exceed the "
                 f"{len(data)} examples; change the batch size"
             )
-        if training.augment != "none" and len(data.input_shape) != 3:
-            raise TrainingError(f"augment {training.augment!r} is for images, and these are none; leave it out")
+        if training.changes_images and len(data.input_shape) != 3:
+            raise TrainingError(
+                f"augment {training.augment!r} and cutmix {training.cutmix} are for images, and these are none; leave "
+                "them out"
+            )
+        if training.cutmix and losses.task:
+            raise TrainingError("cutmix is for training without labels; leave it out, or set the task's loss to zero")
         self.layout = torch.channels_last if training.channels_last and len(data.input_shape) == 3 else None
         self.dtype = next(p.dtype for p in student.parameters() if p.is_floating_point())
-        self.student = self._placed(student).train()
+        self.student = self._placed(student).train(not training.as_evaluated)
         self.teacher = self._placed(teacher).eval().requires_grad_(False) if teacher else None
         self.geometry = geometry_of(self.student, original, plan, training)
         if self.geometry and fresh:
             self.geometry.damp_(training.damping)
         if self.world > 1:
             synchronise_norms_(self.student)
-        self.distillation = Distillation(losses, self.student, self.teacher, plan)
+        seen = self._first(EXAMPLES) if losses.blocks else ()
+        self.distillation = Distillation(losses, self.student, self.teacher, plan, seen)
         self.augment, self.black = augmentation(training.augment), data.black
         self.steps = len(data) // training.batch_size
         self.state, self.stopping = Progressed(), Stopping(training.patience, not isinstance(data, Dataset))
@@ -224,14 +231,24 @@ class _Run:
     def _batch(self, chosen: Tensor) -> tuple[Inputs, Tensor]:
         """This process's share of a batch, augmented as the whole batch is."""
         x, y = self.data.take(chosen.tolist()).batch(0, len(chosen))
-        if self.training.augment != "none":
+        if self.training.changes_images:
             generator = torch.Generator().manual_seed(seed_at(self.training, 1, self.state.step))
-            x = self.augment(x, self.black, generator)
+            x = boxes_of_others(self.augment(x, self.black, generator), self.training.cutmix, generator)
         return mapped(x, self._own), self._own(y)
+
+    def _first(self, count: int) -> list[Inputs]:
+        """The first examples of the data, at least so many where there are, in batches of a step's size."""
+        size = self.training.batch_size
+        starts = range(0, min(count, len(data := self.data)), size)
+        parts = (data.take(range(start, min(start + size, len(data)))) for start in starts)
+        return [mapped(one.batch(0, size)[0], self._moved) for one in parts]
 
     def _own(self, whole: Tensor) -> Tensor:
         """This process's share of a tensor, where it trains."""
-        part = whole.chunk(self.world)[self.rank] if whole.ndim else whole
+        return self._moved(whole.chunk(self.world)[self.rank] if whole.ndim else whole)
+
+    def _moved(self, part: Tensor) -> Tensor:
+        """A tensor where this process trains, in the run's type and layout."""
         part = part.to(self.device, self.dtype if part.is_floating_point() else part.dtype)
         return part.contiguous(memory_format=self.layout) if self.layout is not None and part.ndim == 4 else part
 

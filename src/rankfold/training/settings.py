@@ -24,8 +24,10 @@ class Training:
     far the terms of CP layers are kept from cancelling, before training, and `scaled` says whether SGD steps along the
     gradients of the weights that factors stand for, see `rankfold.training.geometry`; both need the plan. `clip` limits
     the norm of the gradient, for scaled gradients that of the weights' gradients, projected. `ema` is the decay per
-    step of an average of the weights, which is the result; zero: the weights themselves. `precision` is that of the
-    passes; "auto" takes bfloat16 where a trial shows it is faster. `minutes` is how long a checkpoint may be old,
+    step of an average of the weights, which is the result; zero: the weights themselves. `cutmix` is the share of the
+    batches in which a box of every image is that of another, which labels have no part in. `as_evaluated` trains the
+    network as it is evaluated: with the statistics that batch norms hold, and without dropout. `precision` is that of
+    the passes; "auto" takes bfloat16 where a trial shows it is faster. `minutes` is how long a checkpoint may be old,
     besides the one of every epoch. With a `patience`, training stops after so many epochs that score no better on what
     is held out, and the weights are those of the best.
     """
@@ -42,6 +44,8 @@ class Training:
     scaled: bool = True
     ema: float = 0.0
     augment: str = "none"
+    cutmix: float = 0.0
+    as_evaluated: bool = False
     precision: str = "auto"
     channels_last: bool = True
     compiled: bool = False
@@ -64,7 +68,14 @@ class Training:
                 raise TrainingError(f"{name} {getattr(self, name)} must be zero, for none, or positive")
         if not 0 <= self.ema < 1:
             raise TrainingError(f"ema {self.ema} is a decay per step, from 0 to below 1, for example 0.999")
+        if not 0 <= self.cutmix <= 1:
+            raise TrainingError(f"cutmix {self.cutmix} is a share of the batches, from 0 to 1")
         augmentation(self.augment)
+
+    @property
+    def changes_images(self) -> bool:
+        """Whether inputs, which are images, are changed before the network sees them."""
+        return self.augment != "none" or self.cutmix > 0
 
     @property
     def steps_of_weights(self) -> bool:
@@ -73,14 +84,21 @@ class Training:
 
 
 DISTILLING: dict[str, Any] = {
-    "batch_size": 20,
     "optimiser": "adamw",
-    "rate": 1e-4,
     "weight_decay": 0.0,
     "precision": "no",  # what a trial would choose may differ from run to run
 }
-"""What is usual where the original's outputs on few inputs are all that is learned from."""
-DISTILLING_TEXT: dict[str, Any] = {"batch_size": 1}
+"""What is usual where the original on few inputs is all that is learned from."""
+DISTILLING_IMAGES: dict[str, Any] = {
+    "batch_size": 20,
+    "rate": 1e-3,
+    "damping": 0.0,
+    "ema": 0.98,
+    "cutmix": 0.5,
+    "as_evaluated": True,
+}
+"""The same for images: docs/calibration.md has what was measured."""
+DISTILLING_OTHERS: dict[str, Any] = {"batch_size": 1, "rate": 1e-4}
 """The same for what is no image, such as blocks of text: docs/language.md has what was measured."""
 SMALL = 64
 """Largest side of an image that is padded and cropped; larger ones are cropped and resized."""
@@ -94,9 +112,9 @@ def distilling(given: int | Training, batches: Iterable[Inputs]) -> Training:
         return given
     first = next(iter(batches))
     if not is_images(first):
-        return Training(epochs=given, patience=given, **{**DISTILLING, **DISTILLING_TEXT})
+        return Training(epochs=given, patience=given, **DISTILLING, **DISTILLING_OTHERS)
     augment = "cifar" if max(first.shape[2:]) <= SMALL else "imagenet"
-    return Training(epochs=given, augment=augment, patience=given, **DISTILLING)
+    return Training(epochs=given, augment=augment, patience=given, **DISTILLING, **DISTILLING_IMAGES)
 
 
 def rate_at(training: Training, step: int, total: int) -> float:
