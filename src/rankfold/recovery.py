@@ -28,6 +28,9 @@ tell. A network that lost channels then does without such fits, as they can do i
 APART = "layer by layer: in forward order there are too few inputs, or it was farther from the original"
 """What a plan says of fits in forward order that were taken back."""
 
+FARTHER = "blocks came closer, but the network was farther from the original on inputs held back"
+"""What a plan says of refined blocks that were taken back."""
+
 
 @dataclass(frozen=True)
 class Recovery:
@@ -55,7 +58,7 @@ class Recovery:
     ) -> tuple[nn.Module, Plan]:
         """The network that becomes of a student, which `plan` made from `model`, and the plan with what was done."""
         student, plan = self._ordered(student, model, plan, known, progress)
-        plan = self._refined(student, model, plan, known, progress)
+        student, plan = self._refined(student, model, plan, known, progress)
         return self._distilled(student, model, plan, known, progress)
 
     def _ordered(
@@ -79,15 +82,18 @@ class Recovery:
 
     def _refined(
         self, student: nn.Module, model: nn.Module, plan: Plan, known: Calibration, progress: Progress
-    ) -> Plan:
-        """The plan after blocks were refined in place, where that is asked for, with what became of them."""
+    ) -> tuple[nn.Module, Plan]:
+        """A student whose blocks were refined, with what became of them, or as it was where that did harm."""
         if not self.refining.epochs:
-            return plan
+            return student, plan
+        before = duplicate(student)
         inputs = with_copies(known.inputs, self.refining.copies)
         found = refine_(student, model, plan, inputs, known.held, refining=self.refining, progress=progress)
         blocks = {one.name: [one.before, one.after] for one in found}
         told = {**plan.settings, **self.refining.as_dict(), "refined_blocks": blocks}
-        return replace(_measured_again(student, model, plan, known), settings=told)
+        if found and not better(model, before, student, known.held):
+            return before, replace(plan, settings={**told, "refined_blocks": {}, "not_refined": FARTHER})
+        return student, replace(_measured_again(student, model, plan, known), settings=told)
 
     def _distilled(
         self, student: nn.Module, model: nn.Module, plan: Plan, known: Calibration, progress: Progress

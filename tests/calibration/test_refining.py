@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from rankfold import ArtifactError, Budget, BudgetError, DataError, ModelError, UnknownNameError, compress
+from rankfold import ArtifactError, Budget, BudgetError, DataError, ModelError, UnknownNameError, compress, recovery
 from rankfold.calibration import Refining, refining
 from rankfold.calibration.refining import refine_
 from rankfold.files.artifact import load, save
 from rankfold.network.blocks import norms_behind
 from rankfold.network.copies import duplicate
 from rankfold.reports.demo import digits
+from rankfold.reports.tables import calibration
 from rankfold.training.augment import with_copies
 
 
@@ -115,6 +116,18 @@ def test_inputs_that_wait_in_memory_are_limited(monkeypatch: pytest.MonkeyPatch)
     assert {"blocks.0", "blocks.1", "blocks.2"} <= {one.name for one in found}
 
 
+def test_blocks_are_taken_back_where_the_network_is_farther_from_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made()
+    monkeypatch.setattr(recovery, "FEWEST", 10**6)  # forward order is not judged
+    plain = compressed(model, 0)
+    monkeypatch.setattr(recovery, "better", lambda *given: False)
+    refused = compressed(model, 3)
+    for name, tensor in plain.model.state_dict().items():
+        assert torch.equal(tensor, refused.model.state_dict()[name])
+    assert refused.plan.settings["refined_blocks"] == {}
+    assert calibration(refused.plan.settings).endswith(f"; not refined: {recovery.FARTHER}")
+
+
 def test_given_blocks_are_refined_and_no_others() -> None:
     model = made()
     result = compressed(model, Refining(2, blocks=("blocks.1", "hea*")))
@@ -177,9 +190,11 @@ def test_convolutions_in_front_of_batch_norms_are_refined_together_with_them() -
     seen = [scored.batch(start, start + 20)[0] for start in range(0, 200, 20)]
     options: dict[str, Any] = {"decomposition": "spatial", "budget": Budget(macs=0.12), "calibration": seen}
     x = scored.batch(200, 360)[0]
-    plain, refined = (compress(model, x[:1], refine=epochs, **options) for epochs in (0, 6))
-    assert refined.plan.settings["refined_blocks"].keys() >= {"features.3", "features.7", "features.10"}
-    assert distance(model, refined.model, x) < 1.2 * distance(model, plain.model, x)
+    plain = compress(model, x[:1], **options)
+    refined = duplicate(plain.model)
+    blocks = refine_(refined, model, plan=plain.plan, batches=seen[2:], held=seen[:2], refining=Refining(6))
+    assert {one.name for one in blocks} >= {"features.3", "features.7", "features.10"}
+    assert distance(model, refined, x) < 1.2 * distance(model, plain.model, x)
     found = norms_behind(model, ["features.0", "features.3", "features.10"], x[:1])
     assert found == {"features.0": "features.1", "features.3": "features.4", "features.10": "features.11"}
 

@@ -142,6 +142,8 @@ def _refined(settings: Mapping[str, Any]) -> str:
         return ""
     blocks: Mapping[str, Sequence[float]] = settings["refined_blocks"]
     gains = [1 - after / before for before, after in blocks.values() if after < before]
+    if "not_refined" in settings:
+        return f"; not refined: {settings['not_refined']}"
     if not gains:
         return "; no block gained by being refined" if blocks else "; not refined: too few inputs to hold some back"
     return f"; {len(gains)} of {len(blocks)} blocks refined, their errors {100 * sum(gains) / len(gains):.0f} % lower"
