@@ -82,6 +82,9 @@ def taken(limit: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process from Linux")
 def test_a_limit_is_kept(tmp_path: Path):
-    """Forty moments of 4.7 MB, and what is done with them, are more than it leaves; with room for them, all are held."""
+    """Forty moments of 4.7 MB, and what is done with them, are more than it leaves; with room for them, all are held.
+
+    What is taken varies from run to run, from 158 to 183 MB and about 260 MB.
+    """
     little, much = (int(run(tmp_path, taken, limit).told.split()[-1]) for limit in ("270MB", "4GB"))
-    assert little < 180e6 < much
+    assert little < 210e6 < much
