@@ -47,7 +47,8 @@ LARGE, SMALLER = 192, 96
 CORRELATION = 0.9
 """Correlation between colours."""
 STEPS = 15
-"""Steps of gradient descent per batch; twice as many make no difference that can be measured."""
+"""Steps of gradient descent per batch. They are most of the time where images are large; small ones gain by twice as
+many (ResNet-20, `cp3` at 50, 30 and 20 % of the MACs: 91.4, 89.0 and 82.9 by 15, 91.5, 89.4 and 83.9 by 30)."""
 RATE = 0.3
 """Learning rate of the first step (Adam); it falls to zero along a cosine."""
 MOMENTUM = 0.5
