@@ -30,7 +30,7 @@ from rankfold.calibration.walks import walking
 from rankfold.errors import ArtifactError, BudgetError
 from rankfold.memory import trim
 from rankfold.network.blocks import WithNorm, find_blocks, first_tensor, norms_behind
-from rankfold.network.passes import Inputs, copied, digest_of, evaluating, split
+from rankfold.network.passes import Inputs, copied, digest_of, evaluating, few, split
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
 from rankfold.sharing import owned
@@ -112,7 +112,7 @@ def refine_(
         return []
     blocks = find_blocks(model, student, seen[0], plan.touched, given=refining.blocks)
     both, found = [*judged, *seen], []
-    behind = norms_behind(model, list(blocks), seen[0])
+    behind = norms_behind(model, list(blocks), few(seen, 1)[0])
     ends = {behind.get(name, name): size for name, size in blocks.items()}
     weights = position_weights(model, ends, batches)
     kept = _Kept.opened(refining, plan, both)

@@ -76,11 +76,11 @@ def norms_behind(model: nn.Module, blocks: Sequence[str], inputs: Inputs) -> dic
 
     def take(norm: str) -> Any:
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            makers = [name for tensor, name in given if args and tensor is args[0]]
-            if makers:
-                found[makers[0]] = norm
-                called[called.index(makers[0])] = ""
-                called.append(makers[0])
+            maker = next((name for tensor, name in given if args and tensor is args[0]), None)
+            if maker is not None:
+                found[maker] = norm
+                called.remove(maker)
+                called.append(maker)
 
         return note
 
@@ -88,7 +88,7 @@ def norms_behind(model: nn.Module, blocks: Sequence[str], inputs: Inputs) -> dic
     watched = [model.get_submodule(name).register_forward_hook(keep(name)) for name in blocks]
     with attached([*watched, *(one.register_forward_pre_hook(take(name)) for name, one in norms)]):
         run(model, inputs)
-    return found if [name for name in called if name] == list(blocks) else {}
+    return found if called == list(blocks) else {}
 
 
 def _named(model: nn.Module, patterns: Sequence[str]) -> set[str]:

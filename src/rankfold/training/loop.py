@@ -238,10 +238,9 @@ class _Run:
 
     def _first(self, count: int) -> list[Inputs]:
         """The first examples of the data, at least so many where there are, in batches of a step's size."""
-        size = self.training.batch_size
-        starts = range(0, min(count, len(data := self.data)), size)
-        parts = (data.take(range(start, min(start + size, len(data)))) for start in starts)
-        return [mapped(one.batch(0, size)[0], self._moved) for one in parts]
+        size, most = self.training.batch_size, min(count, len(self.data))
+        parts = (self.data.batch(start, start + size)[0] for start in range(0, most, size))
+        return [mapped(one, self._moved) for one in parts]
 
     def _own(self, whole: Tensor) -> Tensor:
         """This process's share of a tensor, where it trains."""
