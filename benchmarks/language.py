@@ -5,8 +5,9 @@ scored on 12 evenly spaced blocks of 1,024 tokens of its test text, and of a tex
 reference as `pydoc` has it. A case is METHOD:KEPT, METHOD:KEPT:EPOCHS or METHOD:KEPT:EPOCHS:INPUTS, with the share of
 the parameters kept of what is neither embedding nor head, epochs of refining by blocks (`2`) and of distilling the
 whole (`0+1`), and what it is calibrated on: the validation text (`valid`), tokens that the model writes itself
-(`written`), half of each (`mixed`), or tokens at random (`random`). `--every-block` scores all blocks of the test text
-as well, `--device cuda` runs everything on a GPU, where tokens per second are not measured.
+(`written`), half of each (`mixed`), another share written (`0.67`), or tokens at random (`random`). `--every-block`
+scores all blocks of the test text as well, `--device cuda` runs everything on a GPU, where tokens per second are not
+measured.
 
 `uniform` is the low-rank baseline of published work: matrices whitened by the moment of what goes into them, the same
 fraction everywhere (SVD-LLM, arXiv 2403.07378); `uniform_in_order` fits them in forward order to what the ones before
@@ -78,8 +79,8 @@ def calibration(kind: str, model: Any, valid: list[dict[str, Any]]) -> list[dict
         text = random_rows(example, vocabulary, len(text))
     elif kind == "written":
         text = written_rows(model, example, vocabulary, len(text))
-    elif kind == "mixed":
-        text = with_written(model, text, 0.5)
+    elif kind != "valid":
+        text = with_written(model, text, 0.5 if kind == "mixed" else float(kind))
     return [{"input_ids": part, "use_cache": False} for part in text.split(4)]
 
 

@@ -148,7 +148,7 @@ def better(model: nn.Module, apart: nn.Module, ordered: nn.Module, batches: Sequ
     agreement, of 8.4 in divergence). Fits are worse where it grows by more than `SURE` of its standard errors.
     """
     try:
-        before, after = (divergences(model, one, batches, TEMPERATURE) for one in (apart, ordered))
+        before, after = divergences(model, (apart, ordered), batches, TEMPERATURE)
     except ModelError:
         return True
     gained = before - after

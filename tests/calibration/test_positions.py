@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -83,6 +85,17 @@ def test_a_network_without_a_derivative_counts_all_alike():
     with torch.inference_mode():
         model = Encoder("first").eval()
     assert position_weights(model, ["layers.1.linear2"], inputs()) == {}
+
+
+@pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.BatchNorm2d(WIDTH)])
+def test_rows_of_an_image_are_no_features(norm: Callable[[], nn.Module]):
+    """What convolutions give has its channels before its places, though a few of them are all that is read."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(3, WIDTH, 3, padding=1), norm())
+    model = nn.Sequential(block, nn.Flatten(), nn.Linear(WIDTH * 64, 5)).eval()
+    nn.init.zeros_(model[2].weight[:, 64:])
+    names = ["0", "0.1"] if isinstance(block[1], nn.BatchNorm2d) else ["0"]
+    assert position_weights(model, names, [torch.randn(4, 3, 8, 8)]) == {}
 
 
 def test_inputs_of_several_lengths_count_alike():

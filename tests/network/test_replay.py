@@ -76,14 +76,20 @@ def test_what_modules_leave_behind() -> None:
     check(Leaving(), torch.randn(4, 6))
 
 
-def test_what_comes_before_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, done = nn.Sequential(*(nn.Linear(6, 6) for _ in range(4))), list[Tensor]()
-    replay, linear = Replay(model, torch.randn(2, 6)), nn.functional.linear
+@pytest.mark.parametrize("outputs", [4, 2, 0])  # room for those of all blocks, of two, of none
+def test_what_comes_before_is_not_run_again(outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the block that changes, as far as there is room; then blocks' outputs are kept before those inside."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)) for _ in range(4)))
+    x, done = torch.randn(2, 6), list[Tensor]()
+    monkeypatch.setattr("rankfold.network.replay.share", lambda part, most: outputs * x.nbytes)
+    replay, linear = Replay(model, x), nn.functional.linear
 
     def counted(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         done.append(weight)
         return linear(x, weight, bias)
 
     monkeypatch.setattr(nn.functional, "linear", counted)
-    replay({"2.weight": torch.zeros(6, 6)})
-    assert len(done) == 2
+    whole = run_with(model, named := {"2.0.weight": torch.zeros(6, 6)}, x)
+    done.clear()
+    assert same([replay(named)], [whole])
+    assert len(done) == (4 if outputs else 8)

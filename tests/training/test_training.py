@@ -171,12 +171,17 @@ def test_a_run_with_scaled_gradients_is_not_resumed_with_others(tmp_path: Path):
         fine_tune(student, data, teacher=teacher, training=QUICK, checkpoint=place, resume=True)
 
 
-def test_it_leaves_student_teacher_and_random_state_alone():
+@pytest.mark.parametrize("copied", [True, False])  # a teacher in channels last is a copy, another shares its tensors
+def test_it_leaves_student_teacher_and_random_state_alone(copied: bool):
     teacher, data = network(dropout=0.2), images()
-    student, _ = student_of(teacher)
+    student, plan = student_of(teacher)
+    teacher.train()
     before = copy.deepcopy((student, teacher))
     state = torch.get_rng_state()
-    trained = fine_tune(student, data, teacher=teacher, training=QUICK)
+    training, losses = replace(QUICK, channels_last=copied), Losses(weights=1.0, outputs=1.0)
+    trained = fine_tune(student, data, teacher=teacher, plan=plan, training=training, losses=losses)
+    assert teacher.training
+    assert all(one.requires_grad and one.grad is None for one in teacher.parameters())
     assert torch.equal(state, torch.get_rng_state())
     assert equal(student, before[0])
     assert equal(teacher, before[1])

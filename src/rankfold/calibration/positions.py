@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from rankfold.calibration.patches import patches_of
 from rankfold.network.blocks import first_tensor
@@ -53,7 +55,7 @@ def position_weights(
     """The weights, of mean 1, of the places of what some modules give, by the modules' names.
 
     Only of outputs (examples, places…, features) of modules that are called once, where they are uneven, and of a
-    network that gives one row of numbers for an example; elsewhere all places count alike.
+    network that gives one row of numbers for an example; elsewhere, as of convolutions, all places count alike.
     """
     modules = {name: model.get_submodule(name) for name in names}
     parts = split(few(batches, EXAMPLES), IN_PASS)
@@ -104,7 +106,8 @@ def _with_places(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Inp
     def watch(name: str) -> Any:
         def note(module: nn.Module, args: Any, output: Any) -> None:
             first = first_tensor(output)
-            found[name].append(first is not None and first.ndim > 2 and len(first) == examples_in(inputs))
+            placed = first is not None and first.ndim > 2 and len(first) == examples_in(inputs)
+            found[name].append(placed and not _by_channels(module, cast(Tensor, first).ndim - 2))
 
         return note
 
@@ -114,6 +117,13 @@ def _with_places(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Inp
     if output.ndim > 2 or len(torch.atleast_1d(output)) != examples_in(inputs):
         return {}
     return {name: modules[name] for name, calls in found.items() if calls == [True]}
+
+
+def _by_channels(module: nn.Module, axes: int) -> bool:
+    """Whether a module may give (examples, channels, places…) with so many axes of places, not features last."""
+    inside = list(module.modules())
+    convolved = any(isinstance(one, _ConvNd) and len(one.kernel_size) == axes for one in inside)
+    return convolved or any(isinstance(one, _BatchNorm) for one in inside)
 
 
 def _gradients(

@@ -7,7 +7,7 @@ about half the time so, whatever the network is made of.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,7 +19,11 @@ from rankfold.memory import share
 from rankfold.network.passes import Inputs, evaluating, output_of, run_with, same
 
 SHARE = 0.125
-"""Part of the memory that outputs may take that are kept; modules whose outputs are not are run again."""
+"""Part of the memory that outputs may take that are kept; modules whose outputs are not are run again.
+
+Of too many, those of the innermost modules go first, as a block's output stands for all inside, of these the largest,
+and of these the latest, which fewer changes come after.
+"""
 LARGEST_SHARE = 2**30
 """Bytes of them at most."""
 
@@ -34,28 +38,32 @@ class Replay:
         self.model, self.inputs = model, inputs
         self._kept: dict[nn.Module, Tensor] = {}
         calls: dict[nn.Module, int] = {}
+        depth = {module: name.count(".") for name, module in model.named_modules()}
         room = share(SHARE, LARGEST_SHARE)
 
         def keep(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             nonlocal room
-            calls[module] = calls.get(module, 0) + 1
             output = forward(*args, **kwargs)
-            if type(output) is Tensor and (room := room - output.nbytes) >= 0:
+            calls[module] = calls.get(module, 0) + 1
+            if type(output) is Tensor and calls[module] == 1:
                 self._kept[module] = output.clone()
+                room -= output.nbytes
+            while room < 0:
+                least = max(reversed(self._kept), key=lambda one: (depth[one], self._kept[one].nbytes))
+                room += self._kept.pop(least).nbytes
             return output
 
         self.output = self._run({}, keep)
         self._kept = {module: tensor for module, tensor in self._kept.items() if calls[module] == 1}
-        if not self._faithful():
+        if not self._faithful([module for module in calls if _own(module)]):
             self._kept = {}
 
-    def _faithful(self) -> bool:
+    def _faithful(self, layers: Sequence[nn.Module]) -> bool:
         """Whether a replay up to the last layer gives what the network does, after a pass in which all was otherwise.
 
         It does not where modules leave something behind, which others read in the same pass.
         """
-        layers = [module for module in self._kept if _own(module)]
-        if not layers:
+        if not self._kept or not layers:
             return True
         first = _own(layers[0])
         zeros = {name: torch.zeros_like(one) for name, one in self.model.named_parameters() if one in first}

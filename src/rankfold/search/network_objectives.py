@@ -178,32 +178,39 @@ ROWS = 1024
 
 
 def divergences(
-    model: nn.Module, student: nn.Module, batches: Iterable[Inputs], temperature: float
-) -> Float[Tensor, " rows"]:
-    """How far a student's outputs are from the original's on some batches, row by row.
+    model: nn.Module, students: Sequence[nn.Module], batches: Iterable[Inputs], temperature: float
+) -> Float[Tensor, "students rows"]:
+    """How far students' outputs are from the original's on some batches, row by row.
 
     Of outputs over classes the Kullback-Leibler divergence of their softmax at `temperature`, of others the squared
     error of an example, relative to the mean energy of the original's. Raises ModelError where the two cannot be
     compared.
     """
-    found, energies = [], []
+    errors, energies = [], []
     for batch in batches:
-        own, other = (torch.atleast_1d(output_of(run(one, batch))) for one in (student, model))
-        if own.shape != other.shape:
-            raise ModelError(
-                f"the student gives outputs of shape {tuple(own.shape)}, the original {tuple(other.shape)}"
-            )
-        if over_classes(other):
-            axis = class_axis(other)
-            rows = (one.movedim(axis, -1).flatten(0, -2).split(ROWS) for one in (own, other))
-            found += [temperature**2 * _divergence(a, b, temperature) for a, b in zip(*rows, strict=True)]
-            energies.append(torch.ones(other.numel() // other.shape[axis], device=other.device))
-        else:
-            squares = ((own - other).float().square(), other.float().square())
-            errors, energy = (one.reshape(len(other), -1).sum(1) for one in squares)
-            found.append(errors)
-            energies.append(energy)
-    return (torch.cat(found) / torch.cat(energies).mean().clamp_min(1e-30)).double().cpu()
+        original = torch.atleast_1d(output_of(run(model, batch)))
+        errors.append(torch.stack([_errors(run(student, batch), original, temperature) for student in students]))
+        energies.append(_energies(original))
+    return (torch.cat(errors, 1) / torch.cat(energies).mean().clamp_min(1e-30)).double().cpu()
+
+
+def _errors(output: Any, original: Tensor, temperature: float) -> Float[Tensor, " rows"]:
+    """Divergences of a student's outputs from the original's, or squared errors where they are no distributions."""
+    own = torch.atleast_1d(output_of(output))
+    if own.shape != original.shape:
+        raise ModelError(f"the student gives outputs of shape {tuple(own.shape)}, the original {tuple(original.shape)}")
+    if not over_classes(original):
+        return (own - original).float().square().reshape(len(original), -1).sum(1)
+    axis = class_axis(original)
+    rows = (one.movedim(axis, -1).flatten(0, -2).split(ROWS) for one in (own, original))
+    return torch.cat([temperature**2 * _divergence(a, b, temperature) for a, b in zip(*rows, strict=True)])
+
+
+def _energies(original: Tensor) -> Float[Tensor, " rows"]:
+    """What the errors of `_errors` are relative to, on average: of divergences one, else an example's energy."""
+    if over_classes(original):
+        return torch.ones(original.numel() // original.shape[class_axis(original)], device=original.device)
+    return original.float().square().reshape(len(original), -1).sum(1)
 
 
 def over_classes(output: Tensor) -> bool:

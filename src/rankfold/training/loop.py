@@ -33,7 +33,7 @@ from rankfold.training.distillation import Distillation, Losses
 from rankfold.training.examples import Examples, score_of
 from rankfold.training.history import Epoch, Progressed, Trained
 from rankfold.training.log import Log
-from rankfold.training.preparation import accelerator, faster, geometry_of, optimiser, processes
+from rankfold.training.preparation import accelerator, faster, geometry_of, optimiser, placed, processes, read_only
 from rankfold.training.settings import Training, rate_at, seed_at
 from rankfold.training.stopping import Stopping
 from rankfold.training.synchronised import synchronise_norms_
@@ -107,7 +107,7 @@ class _Run:
         precision: str,
         fresh: bool,
     ) -> None:
-        self.training, self.data, self.skeleton = training, data, duplicate(student)
+        self.training, self.data, self.skeleton = training, data, student
         place = processes()
         self.device, self.rank, self.world = place.device, place.process_index, place.num_processes
         if training.batch_size % self.world or len(data) < training.batch_size:
@@ -124,8 +124,9 @@ class _Run:
             raise TrainingError("cutmix is for training without labels; leave it out, or set the task's loss to zero")
         self.layout = torch.channels_last if training.channels_last and len(data.input_shape) == 3 else None
         self.dtype = next(p.dtype for p in student.parameters() if p.is_floating_point())
-        self.student = self._placed(student).train(not training.as_evaluated)
-        self.teacher = self._placed(teacher).eval().requires_grad_(False) if teacher else None
+        where = (self.device, self.dtype, self.layout)
+        self.student = placed(student, *where).train(not training.as_evaluated)
+        self.teacher = read_only(teacher, *where) if teacher else None
         self.geometry = geometry_of(self.student, original, plan, training)
         if self.geometry and fresh:
             self.geometry.damp_(training.damping)
@@ -217,11 +218,6 @@ class _Run:
         self.state = Progressed(epochs=epochs, **told)
         best = {name: tensor.to(self.device) for name, tensor in found.groups.get("best", {}).items()}
         self.stopping = replace(self.stopping, best=found.facts["best"], since=found.facts["since"], weights=best)
-
-    def _placed(self, model: nn.Module) -> nn.Module:
-        """A copy on this process's device, in the run's type and layout."""
-        placed = duplicate(model).to(self.device, self.dtype)
-        return placed.to(memory_format=self.layout) if self.layout is not None else placed  # pyrefly: ignore[no-matching-overload]
 
     def _drawn(self, epoch: int) -> Tensor:
         """The order of the examples in an epoch."""

@@ -9,11 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.errors import TrainingError
+from rankfold.network.copies import duplicate, sharing
 from rankfold.network.passes import Inputs
 from rankfold.plan import Plan
 from rankfold.training.distillation import Distillation
 from rankfold.training.geometry import Geometry
 from rankfold.training.settings import Training
+
+
+def placed(model: nn.Module, device: torch.device, dtype: torch.dtype, layout: torch.memory_format | None) -> nn.Module:
+    """A copy of a network on a device, in a type, and in a layout where one is given."""
+    copied = duplicate(model).to(device, dtype)
+    return copied.to(memory_format=layout) if layout is not None else copied  # pyrefly: ignore[no-matching-overload]
+
+
+def read_only(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, layout: torch.memory_format | None
+) -> nn.Module:
+    """A network for passes without gradients: around its own tensors, where they are as `placed` would have them."""
+    floating = (one for one in (*model.parameters(), *model.buffers()) if one.is_floating_point())
+    as_it_is = layout is None and all((one.device, one.dtype) == (device, dtype) for one in floating)
+    return (sharing(model) if as_it_is else placed(model, device, dtype, layout).requires_grad_(False)).eval()
 
 
 def geometry_of(
@@ -35,7 +51,8 @@ def optimiser(model: nn.Module, training: Training) -> torch.optim.Optimizer:
         {"params": [p for p in named if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if training.optimiser == "adamw":
-        return torch.optim.AdamW(groups, lr=training.rate, betas=(training.momentum, 0.999))
+        fused = all(one.is_contiguous() and one.device.type in ("cpu", "cuda") for one in named)  # it ignores strides
+        return torch.optim.AdamW(groups, lr=training.rate, betas=(training.momentum, 0.999), fused=fused)
     return torch.optim.SGD(groups, lr=training.rate, momentum=training.momentum, nesterov=training.momentum > 0)
 
 
