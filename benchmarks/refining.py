@@ -3,7 +3,8 @@
 ImageNet networks are calibrated and refined on 500 validation images, an eighth of which is held back to judge by, and
 scored on 1,500 others; ResNet-20 on 512 training images and the CIFAR-10 test images. `--only CASE` runs some cases, a
 case being MODEL:DECOMPOSITIONS:BUDGET:EPOCHS, 0 epochs without, or with :COPIES of every image, shifted and mirrored,
-and :EPOCHS of distilling after it. `--synthetic` calibrates on inputs made from the network.
+and :EPOCHS of distilling after it. `--synthetic` calibrates on inputs made from the network, `--synthetic 2048` on so
+many.
 """
 
 from __future__ import annotations
@@ -37,24 +38,22 @@ def main() -> None:
     """Writes the records of all cases, or of those asked for."""
     made = parser(__doc__ or "")
     made.add_argument("--only", action="append", help="a case (repeatable)")
-    made.add_argument("--synthetic", action="store_true", help="on inputs made from the network")
+    made.add_argument("--synthetic", type=int, nargs="?", const=512, help="on so many inputs made from the network")
     arguments = made.parse_args()
-    folder = require_data(arguments)
+    folder, count = require_data(arguments), arguments.synthetic
     for (name, _), cases in groupby(arguments.only or CASES, lambda case: tuple(case.split(":")[:2])):
         model = opened(folder, name).model.to(memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
         scored, batches = images(folder, name, 500)
         base, measured = accuracy(model, scored), None
         for case in cases:
-            measured = measured or studied(
-                case, model, batches, "synthetic" if arguments.synthetic else batches, silent
-            )
+            measured = measured or studied(case, model, batches, "synthetic" if count else batches, silent, count)
             budget, epochs, copies, distilled = (*case.split(":")[2:], "0", "0")[:4]
             refining = Refining(int(epochs), copies=int(copies))
             recovery = replace(measured.recovery, refining=refining, distilling=int(distilled))
             result = replace(measured, recovery=recovery).compress(Budget(macs=float(budget)))
             refined = result.plan.settings.get("refined_blocks", {})
             entry = image_record(
-                f"{case}:synthetic" if arguments.synthetic else case,
+                f"{case}:synthetic{count if count != 512 else ''}" if count else case,
                 result,
                 base,
                 scored,

@@ -313,6 +313,13 @@ CALIBRATED = {"valid": "text", "written": "its own", "mixed": "half and half", "
 """What a language model was calibrated on: a text, tokens that it wrote, of both, or tokens at random."""
 
 
+def _calibrated_on(one: dict[str, Any]) -> str:
+    """What a language model was calibrated on, and on how many blocks, where they are not 128."""
+    kind = one.get("inputs", "valid")
+    what = CALIBRATED.get(kind) or f"{100 * float(kind):.0f} % its own"
+    return what if one["rows"] == 128 else f"{what}, {one['rows']} blocks"
+
+
 def language_models(records: list[dict[str, Any]]) -> str:
     """A language model by method and size: perplexity on both texts, what was lost, and the speed that came of it."""
     header = ["method", "calibrated on", "epochs by blocks, of the whole", "of the blocks kept"]
@@ -322,7 +329,7 @@ def language_models(records: list[dict[str, Any]]) -> str:
     rows = [
         [
             one["method"],
-            CALIBRATED[one.get("inputs", "valid")],
+            _calibrated_on(one),
             f"{one['epochs']}, {one.get('distilled', 0)}",
             f"{100 * one['blocks_kept']:.1f} %",
             *(f"{one['perplexity'][text]} ({one['base_perplexity'][text]})" for text in texts),

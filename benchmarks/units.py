@@ -64,7 +64,14 @@ def images(folder: Path, name: str, count: int) -> tuple[Any, list[Tensor]]:
     return scored, unlabelled(folder, source, "cifar10/train.npz")
 
 
-def studied(case: str, model: nn.Module, batches: Sequence[Tensor], calibration: Any, report: Progress) -> Study:
+def studied(
+    case: str,
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    calibration: Any,
+    report: Progress,
+    samples: int | None = None,
+) -> Study:
     """What is measured once of a network of images, whose case begins with MODEL:DECOMPOSITIONS:BUDGET."""
     _, decomposition, budget = case.split(":")[:3]
     return study(
@@ -73,6 +80,7 @@ def studied(case: str, model: nn.Module, batches: Sequence[Tensor], calibration:
         decomposition=decomposition.split(",") if "," in decomposition else decomposition,
         budget=Budget(macs=float(budget)),
         calibration=calibration,
+        calibration_samples=samples,
         progress=report,
     )
 

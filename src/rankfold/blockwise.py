@@ -89,7 +89,6 @@ def measure_block(
     decomposition: Decompositions,
     budget: Budget,
     align: int,
-    progress: Progress = silent,
 ) -> BlockCurves:
     """The curves of a block on the inputs that reach it; each of its layers is measured and let go in turn.
 
@@ -97,7 +96,7 @@ def measure_block(
     """
     whole, layers, choices = _seen(block, batches, decomposition)
     model, sets = whole.model, hidden_channels(whole.model, batches[0], layers, choices)
-    known = _calibrated(model, with_metric(layers, choices, sets), batches, progress)
+    known = _calibrated(model, with_metric(layers, choices, sets), batches)
     moments, judged = known.moments, (known.held or list(known.inputs))[:PRICED]
     ordering, _ = about_means(model, batches[0], moments, sets.found, in_order=False)
     widths, layers = measure_widths(model, layers, sets, align=align, moments=ordering)
@@ -151,16 +150,15 @@ def fit_block(
     batches: Sequence[Inputs],
     *,
     decomposition: Decompositions,
-    progress: Progress = silent,
 ) -> tuple[nn.Module, Plan]:
     """What a plan makes of a block, fitted by the inputs that reach it, and the plan with the errors reached."""
     if not plan.changed:
         return block, plan
     whole, layers, _ = _seen(block, batches, decomposition)
-    known = _calibrated(whole.model, layers, batches, progress)
+    known = _calibrated(whole.model, layers, batches)
     sets = [one.channels for one in plan.narrowings]
     _, rebuilding = about_means(whole.model, batches[0], known.moments, sets, in_order=False)
-    student, reached = apply_plan(block, plan, moments=known.moments, rebuilding=rebuilding, progress=progress)
+    student, reached = apply_plan(block, plan, moments=known.moments, rebuilding=rebuilding)
     told = known.approximate
     return student, replace(reached, settings={"approximate_moments": dict(told)} if told else {})
 
@@ -193,9 +191,9 @@ def _seen(
     return whole, layers, choices
 
 
-def _calibrated(model: nn.Module, layers: Layers, batches: Sequence[Inputs], progress: Progress) -> Calibration:
+def _calibrated(model: nn.Module, layers: Layers, batches: Sequence[Inputs]) -> Calibration:
     """The moments of some layers, on all but the batches that are held back to price errors on."""
-    return calibrated(model, layers, batches[0], batches, samples=None, of_weights=False, progress=progress)
+    return calibrated(model, layers, batches[0], batches, samples=None, of_weights=False, progress=silent)
 
 
 def _layer_in(block: str, layer: LayerPlan) -> LayerPlan:

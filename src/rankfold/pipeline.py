@@ -105,8 +105,8 @@ def compress(
     the network, `calibration_samples` of them; "none" (or None) for errors of the weights; "auto" for the one of the
     two that `rankfold.calibration.synthetic.advice` gives. Then every layer is fitted once more, in forward order, to
     the original's outputs from the compressed network's inputs, and biases and batch norms are corrected, unless
-    `sequential` is false or the budget limits the error. Where channels went, these fits are kept only if the network
-    is then as close to the original on inputs held back as without.
+    `sequential` is false or the budget limits the error. From 32 inputs on these fits are kept only if the network is
+    then as close to the original on those held back as without; with fewer, one that lost channels has none.
 
     With `refine`, blocks are then refined one after another by so many epochs of gradient descent on the calibration
     inputs, towards what the original's give; `rankfold.calibration.Refining` says more than their number.

@@ -63,7 +63,7 @@ def refit_(
 ) -> Plan:
     """Fits the student's factors in forward order, in place, and returns the plan with the errors they now have.
 
-    `student` is the model as `apply_plan` compressed it, `batches` what is iterated over once per layer. Biases and
+    `student` is the model as `apply_plan` compressed it; `batches` are run once by both, layer by layer. Biases and
     batch norms that follow a layer get the mean and variance its outputs lost; those of a layer that is called more
     than once in a pass stay. `moments` are the metric of the plan's errors, `weights` those of the places of layers'
     outputs (`rankfold.calibration.positions`). Raises DataError for batches that do not fit the model.

@@ -287,4 +287,6 @@ def _check(
     if compiled and "latency" not in limits.given:
         raise BudgetError("--compile is for a limit on the latency, for example --budget latency=0.7; leave it out")
     if more and not refined:
-        raise BudgetError("--refine-blocks and --refine-checkpoint are for --refine EPOCHS; give a number of epochs")
+        raise BudgetError(
+            "--refine-blocks, --refine-copies and --refine-checkpoint are for --refine EPOCHS; say how many"
+        )

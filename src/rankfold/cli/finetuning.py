@@ -63,7 +63,9 @@ def finetune(
     block_outputs: Annotated[float, typer.Option(help="Weight of the distances between blocks' outputs.")] = 0.0,
     reduction: Annotated[str, typer.Option(help="mean or sum, of the two distances by layer.")] = "mean",
     labels: Annotated[bool, typer.Option(help="Use labels; without, the teacher alone.")] = True,
-    held_out: Annotated[int | None, typer.Option(min=1, help="Examples never trained on; default a tenth.")] = None,
+    held_out: Annotated[
+        int | None, typer.Option(min=1, help="Examples never trained on; default a tenth, 5,000 at most.")
+    ] = None,
     test: Annotated[str | None, typer.Option(help="Test data, read once, at the end.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Another teacher, as a MODEL; default: the original.")] = None,
     teacher_weights: Annotated[Path | None, typer.Option(help="The other teacher's weights.")] = None,

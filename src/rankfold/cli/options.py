@@ -40,7 +40,7 @@ Decompositions = Annotated[
         "-d",
         help="svd, spatial, tucker, tt, cp, cp3, ring, or interpolative (fewer channels between layers); "
         "several with commas, or auto, for the best of all per layer; by default cp3,interpolative, or "
-        "spatial,interpolative for a limit on the latency; "
+        "spatial,interpolative for a limit on the latency (analyze: auto, compress-files: svd); "
         "PATTERN=NAME for the layers a glob matches (repeatable).",
     ),
 ]

@@ -103,7 +103,7 @@ def darkest(images: Iterable[Float[Tensor, "_ c h w"]]) -> Float[Tensor, " c"]:
     return torch.stack([one.amin((0, 2, 3)) for one in images]).amin(0)
 
 
-def with_copies(batches: Iterable[Inputs], copies: int, seed: int = 0) -> list[Inputs]:
+def with_copies(batches: Iterable[Inputs], copies: int) -> list[Inputs]:
     """Batches of images, then so many copies of each, as `cifar` moves them; raises DataError for other inputs."""
     kept = list(batches)
     if not copies:
@@ -111,7 +111,7 @@ def with_copies(batches: Iterable[Inputs], copies: int, seed: int = 0) -> list[I
     images = [one for one in kept if is_images(one)]
     if len(images) < len(kept):
         raise DataError("copies are of images, and the calibration inputs are none; leave the copies out")
-    black, generator = darkest(images), torch.Generator().manual_seed(seed)
+    black, generator = darkest(images), torch.Generator().manual_seed(0)
     return [*kept, *(cifar(one, black, generator) for _ in range(copies) for one in images)]
 
 

@@ -1,7 +1,7 @@
 """What fine-tuning lowers: the task's loss, and distances from a teacher in outputs, layers and weights.
 
     L = a L_task + b T² KL(teacher ‖ student at temperature T) + c Σ_i ‖W_i − Ŵ_i‖² + d Σ_i ‖O_i(x) − D_i(x)‖²
-        + e Σ_k ‖B_k(x) − B̂_k(x)‖² / E‖B_k‖²
+        + e mean_k ‖B_k(x) − B̂_k(x)‖² / E‖B_k‖²
 
 The third and fourth are L_diss of arXiv 2409.03555: W_i and O_i are the weight and the output of the original's i-th
 decomposed layer, Ŵ_i and D_i those of its factors; layers that lost channels have no match and are left out. Each is a

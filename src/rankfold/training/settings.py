@@ -20,16 +20,16 @@ class Training:
     """How to fine-tune.
 
     `batch_size` is that of all processes together; the last, smaller batch of an epoch is left out. `rate` is the
-    learning rate after a linear warm-up of `warmup` steps, from which it falls to zero along a cosine. `damping` is how
-    far the terms of CP layers are kept from cancelling, before training, and `scaled` says whether SGD steps along the
-    gradients of the weights that factors stand for, see `rankfold.training.geometry`; both need the plan. `clip` limits
-    the norm of the gradient, for scaled gradients that of the weights' gradients, projected. `ema` is the decay per
-    step of an average of the weights, which is the result; zero: the weights themselves. `cutmix` is the share of the
-    batches in which a box of every image is that of another, which labels have no part in. `as_evaluated` trains the
-    network as it is evaluated: with the statistics that batch norms hold, and without dropout. `precision` is that of
-    the passes; "auto" takes bfloat16 where a trial shows it is faster. `minutes` is how long a checkpoint may be old,
-    besides the one of every epoch. With a `patience`, training stops after so many epochs that score no better on what
-    is held out, and the weights are those of the best.
+    learning rate after a linear warm-up of `warmup` steps, a tenth of all at most, from which it falls to zero along a
+    cosine. `damping` is how far the terms of CP layers are kept from cancelling, before training, and `scaled` says
+    whether SGD steps along the gradients of the weights that factors stand for, see `rankfold.training.geometry`; both
+    need the plan. `clip` limits the norm of the gradient, for scaled gradients that of the weights' gradients,
+    projected. `ema` is the decay per step of an average of the weights, which is the result; zero: the weights
+    themselves. `cutmix` is the share of the batches in which a box of every image is that of another, which labels have
+    no part in. `as_evaluated` trains the network as it is evaluated: with the statistics that batch norms hold, and
+    without dropout. `precision` is that of the passes; "auto" takes bfloat16 where a trial shows it is faster.
+    `minutes` is how long a checkpoint may be old, besides the one of every epoch. With a `patience`, training stops
+    after so many epochs that score no better on what is held out, and the weights are those of the best.
     """
 
     epochs: int = 30
