@@ -7,6 +7,7 @@ are given tokens at random: no statistics of language, but the range of the embe
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -18,8 +19,8 @@ from rankfold.network.hooks import attached
 from rankfold.network.passes import Inputs, arguments_of, copied, device_of, evaluating, seeded
 from rankfold.progress import Progress, silent
 
-IN_PASS = 32
-"""Rows that are written together."""
+IN_PASS = 48
+"""Rows that are written together, at most."""
 
 
 def tokens_of(model: nn.Module, example_inputs: Inputs) -> tuple[int | str, int] | None:
@@ -85,11 +86,12 @@ def written_rows(
 ) -> Int[Tensor, "count length"]:
     """Tokens that a model writes by its own distribution, from a first one that is drawn uniformly."""
     first = torch.randint(vocabulary, (count, 1), generator=torch.Generator().manual_seed(seed))
-    rows = []
-    for start in range(0, count, IN_PASS):
-        progress("writing inputs", start, count)
-        rows.append(_continued(model, first[start : start + IN_PASS], example.shape[1], seed=seed + start))
-    progress("writing inputs", count, count)
+    rows, done = [], 0
+    for part in first.chunk(math.ceil(count / IN_PASS)):
+        progress("writing inputs", done, count)
+        rows.append(_continued(model, part, example.shape[1], seed=seed + done))
+        done += len(part)
+    progress("writing inputs", done, count)
     return torch.cat(rows).to(example)
 
 
