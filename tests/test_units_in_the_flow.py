@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,39 @@ def test_a_study_is_of_one_kind_of_budgets(other: Budget) -> None:
     studied = study(model, x[:1], decomposition="svd", budget=Budget(macs=0.8), calibration="none")
     with pytest.raises(BudgetError, match="the study is of budgets like .*make another one"):
         studied.compress(other)
+
+
+def unread() -> Iterator[torch.Tensor]:
+    """Inputs that nothing may read."""
+    raise AssertionError
+    yield
+
+
+def least_params(model: nn.Module, x: torch.Tensor, decomposition: list[str]) -> int:
+    """What the error says that is left at least, of a budget that is none."""
+    with pytest.raises(BudgetError, match="include more layers") as caught:
+        compress(model, x[:1], decomposition=decomposition, budget=Budget(params=1), calibration=unread())
+    return int(str(caught.value).split(" at least params=")[1].split("(")[1].split(")")[0].replace(",", ""))
+
+
+def test_what_no_plan_meets_is_said_before_inputs_are_read() -> None:
+    """Of low rank alone it is known exactly."""
+    model, x = built("bottleneck")
+    least = least_params(model, x, ["svd"])
+    result = compress(model, x[:1], decomposition="svd", budget=Budget(params=least), calibration=[x])
+    assert result.after.params == least
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_what_is_said_to_be_too_little_is(name: str) -> None:
+    """A plan with the fewest parameters that there can be has no fewer than the error says are left."""
+    model, x = built(name)
+    least = least_params(model, x, ["svd", "interpolative"])
+    with pytest.raises(BudgetError, match="smallest feasible one is params=") as caught:
+        compress(
+            model, x[:1], decomposition=["svd", "interpolative"], budget=Budget(params=max(least, 1)), calibration=[x]
+        )
+    assert int(str(caught.value).split("(")[2].split(")")[0].replace(",", "")) > least
 
 
 def test_deterministic() -> None:

@@ -39,7 +39,15 @@ from rankfold.search.trace import Trace
 from rankfold.search.widths import Width
 from rankfold.sharing import place
 from rankfold.training import Training
-from rankfold.units import about_means, hidden_channels, measure_widths, timed_parts, with_metric, with_prices
+from rankfold.units import (
+    about_means,
+    check_reachable,
+    hidden_channels,
+    measure_widths,
+    timed_parts,
+    with_metric,
+    with_prices,
+)
 
 ALIGN = 8
 """What widths and ranks are multiples of where latency is limited and nothing else is said: others are slower."""
@@ -263,6 +271,8 @@ def study(
         blind = calibration is None or named == "none" or (named == "auto" and _limits_error(budget))
         choices = suited(choices, search, blind=blind)
         sets = hidden_channels(whole.model, example_inputs, layers, choices)
+        if not blind:
+            check_reachable(layers, choices, sets, before, budget)
         timing: dict[str, Any] = {}
         if LATENCY in budget.units:
             if place()[1] > 1:

@@ -9,13 +9,13 @@ from functools import partial
 import numpy as np
 from torch import nn
 
-from rankfold.budget import RESOURCES, Budget, Cost
+from rankfold.budget import RESOURCES, UNITS, Budget, Cost, describe
 from rankfold.calibration.moments import Calibration
 from rankfold.calibration.store import Changed
 from rankfold.decompositions import Factors
 from rankfold.decompositions.metric import Moment
 from rankfold.decompositions.wiring import LayerShape
-from rankfold.errors import ModelError
+from rankfold.errors import BudgetError, ModelError
 from rankfold.network.channels import Channels, find_channels
 from rankfold.network.costs import cost_of
 from rankfold.network.finding import Layers
@@ -26,6 +26,7 @@ from rankfold.network.timing.context import timed
 from rankfold.network.tracing import followed
 from rankfold.plan import INTERPOLATIVE, ChannelSet, LayerPlan, Narrowing, channels_named
 from rankfold.progress import Progress, silent
+from rankfold.search.candidates import at_rank_one
 from rankfold.search.curves import Curve, subset
 from rankfold.search.forms import cost_at
 from rankfold.search.network_objectives import divergences
@@ -96,6 +97,31 @@ def about_means(
     return ordering, rebuilding
 
 
+def check_reachable(
+    layers: Layers, choices: Mapping[str, Sequence[str]], channels: Channels, before: Cost, budget: Budget
+) -> None:
+    """Raises BudgetError for less than what rank 1 in every layer leaves, and no channel in any set.
+
+    So much is known before anything is measured. Time, and whether some plan meets a larger budget, are not.
+    """
+    hidden = {name for one in channels.found for name in (*one.layers, *one.between)}
+    left = before
+    for one in channels.found:
+        left = left - one.through
+    for layer in layers.found:
+        least = [at_rank_one(layer, name) for name in choices[layer.name] if name != INTERPOLATIVE]
+        forms = [Cost(0, 0, 0)] if layer.name in hidden else [layer.dense, *least]
+        left = left - layer.dense + Cost(*(min(getattr(one, unit) for one in forms) for unit in UNITS))
+    limits = {unit: most for unit, most in budget.limits(before).items() if unit in UNITS}
+    over = {unit: getattr(left, unit) for unit, most in limits.items() if getattr(left, unit) > most}
+    if over:
+        raise BudgetError(
+            f"no plan meets the budget {describe(limits, before)}: the smallest feasible one is at least "
+            f"{describe(over, before)}, which is rank 1 in every layer, without the channels that may go; raise it, "
+            "include more layers, or allow more decompositions"
+        )
+
+
 def measure_widths(
     model: nn.Module,
     layers: Layers,
@@ -140,18 +166,18 @@ def with_prices(
     return tuple(curves), tuple(widths)
 
 
-def better(model: nn.Module, apart: nn.Module, ordered: nn.Module, batches: Sequence[Inputs]) -> bool:
-    """Whether a student is as close to the original after its fits in forward order as before, on some inputs.
+def better(model: nn.Module, before: nn.Module, after: nn.Module, batches: Sequence[Inputs]) -> bool:
+    """Whether a student is as close to the original after fits in forward order, or descent, as before, on some inputs.
 
     What counts is the divergence of outputs, at the temperature of prices: on 62 images it tells what agreement of the
     likeliest classes does not (DeiT-Tiny at 70 %: 8.6 points of top-1 lost, a difference of 1.2 standard errors in
-    agreement, of 8.4 in divergence). Fits are worse where it grows by more than `SURE` of its standard errors.
+    agreement, of 8.4 in divergence). It is worse where that grows by more than `SURE` of its standard errors.
     """
     try:
-        before, after = divergences(model, (apart, ordered), batches, TEMPERATURE)
+        had, has = divergences(model, (before, after), batches, TEMPERATURE)
     except ModelError:
         return True
-    gained = before - after
+    gained = had - has
     return float(gained.mean()) >= -SURE * float(gained.std(correction=0)) / len(gained) ** 0.5
 
 

@@ -131,7 +131,7 @@ def test_mistakes_are_one_line_and_exit_code_two(mistake: str, factory: str, tmp
         ("macs=1.5", "exact", "not in (0, 1]"),
         ("flops=0.5", "exact", "budget unit 'flops'"),
         ("macs=0.5", "exakt", "nearest: exact"),
-        ("macs=0.0001", "exact", "smallest feasible one is macs="),
+        ("macs=0.0001", "exact", "smallest feasible one is at least macs="),
     ],
 )
 def test_mistaken_budgets_and_searches(budget: str, search: str, message: str, tmp_path: Path, capsys, monkeypatch):

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from jaxtyping import Float
 from torch import Tensor
 
-from rankfold.budget import LATENCY, RESOURCES, UNITS
+from rankfold.budget import LATENCY, RESOURCES, UNITS, Cost
 from rankfold.decompositions import (
     DECOMPOSITIONS,
     Expansion,
@@ -94,13 +94,18 @@ def measure_layer(
     return replace(_merged(layer, tuple(names), fitted, units, known), weight=weight, moments=moments, exact=exact)
 
 
-def smallest_form(layer: LayerSpec, name: str) -> str:
-    """How small a decomposition can make a layer at best, in words: for saying why it was skipped."""
+def at_rank_one(layer: LayerSpec, name: str) -> Cost:
+    """What a layer costs at least in a decomposition, but for time."""
     wiring = wiring_of(name, layer.shape)
     ones = [1] * len(wiring.bonds)
-    params, macs = wiring.params(layer.shape, ones), wiring.macs(layer.shape, ones)
-    dense = layer.dense
-    return f"{name} at rank 1 has {params:,} parameters of {dense.params:,} and {macs:,} MACs of {dense.macs:,}"
+    params = int(wiring.params(layer.shape, ones))
+    return Cost(params, int(wiring.macs(layer.shape, ones)), params * layer.itemsize)
+
+
+def smallest_form(layer: LayerSpec, name: str) -> str:
+    """How small a decomposition can make a layer at best, in words: for saying why it was skipped."""
+    one, dense = at_rank_one(layer, name), layer.dense
+    return f"{name} at rank 1 has {one.params:,} parameters of {dense.params:,} and {one.macs:,} MACs of {dense.macs:,}"
 
 
 def pareto(errors: FloatArray, costs: Sequence[IntArray]) -> IntArray:
