@@ -51,7 +51,8 @@ def optimiser(model: nn.Module, training: Training) -> torch.optim.Optimizer:
         {"params": [p for p in named if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if training.optimiser == "adamw":
-        fused = all(one.is_contiguous() and one.device.type in ("cpu", "cuda") for one in named)  # it ignores strides
+        plain = all(one.is_floating_point() and one.is_contiguous() for one in named)  # fused steps ignore strides
+        fused = plain and {one.device.type for one in named} <= {"cpu", "cuda"}
         return torch.optim.AdamW(groups, lr=training.rate, betas=(training.momentum, 0.999), fused=fused)
     return torch.optim.SGD(groups, lr=training.rate, momentum=training.momentum, nesterov=training.momentum > 0)
 
