@@ -60,7 +60,9 @@ def main() -> None:
                 epochs=refining.epochs,
                 copies=refining.copies,
                 distilled=recovery.distilling,
-                calibration=result.plan.settings["calibration"],
+                calibration=result.plan.settings["calibration"]
+                if count in (None, 512)
+                else f"{count:,} synthetic inputs",
                 blocks=len(refined),
                 blocks_improved=sum(after < before for before, after in refined.values()),
                 study_seconds=round(measured.seconds, 1),
