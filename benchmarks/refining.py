@@ -38,31 +38,31 @@ def main() -> None:
     """Writes the records of all cases, or of those asked for."""
     made = parser(__doc__ or "")
     made.add_argument("--only", action="append", help="a case (repeatable)")
-    made.add_argument("--synthetic", type=int, nargs="?", const=512, help="on so many inputs made from the network")
+    made.add_argument("--synthetic", type=int, nargs="?", const=0, help="on inputs made from the network, so many")
     arguments = made.parse_args()
     folder, count = require_data(arguments), arguments.synthetic
+    origin = "" if count is None else f":synthetic{count or ''}"
     for (name, _), cases in groupby(arguments.only or CASES, lambda case: tuple(case.split(":")[:2])):
         model = opened(folder, name).model.to(memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
         scored, batches = images(folder, name, 500)
         base, measured = accuracy(model, scored), None
         for case in cases:
-            measured = measured or studied(case, model, batches, "synthetic" if count else batches, silent, count)
+            given = batches if count is None else "synthetic"
+            measured = measured or studied(case, model, batches, given, silent, count or None)
             budget, epochs, copies, distilled = (*case.split(":")[2:], "0", "0")[:4]
             refining = Refining(int(epochs), copies=int(copies))
             recovery = replace(measured.recovery, refining=refining, distilling=int(distilled))
             result = replace(measured, recovery=recovery).compress(Budget(macs=float(budget)))
             refined = result.plan.settings.get("refined_blocks", {})
             entry = image_record(
-                f"{case}:synthetic{count if count != 512 else ''}" if count else case,
+                f"{case}{origin}",
                 result,
                 base,
                 scored,
                 epochs=refining.epochs,
                 copies=refining.copies,
                 distilled=recovery.distilling,
-                calibration=result.plan.settings["calibration"]
-                if count in (None, 512)
-                else f"{count:,} synthetic inputs",
+                calibration=f"{f'{count:,} ' if count else ''}{result.plan.settings['calibration']}",
                 blocks=len(refined),
                 blocks_improved=sum(after < before for before, after in refined.values()),
                 study_seconds=round(measured.seconds, 1),

@@ -19,8 +19,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from rankfold.calibration.patches import patches_of
 from rankfold.network.blocks import first_tensor
@@ -38,6 +36,7 @@ from rankfold.network.passes import (
     seeded,
     split,
 )
+from rankfold.network.tracing import gives_channels
 
 EXAMPLES = 64
 """Inputs whose gradients are taken, at most."""
@@ -107,7 +106,7 @@ def _with_places(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Inp
         def note(module: nn.Module, args: Any, output: Any) -> None:
             first = first_tensor(output)
             placed = first is not None and first.ndim > 2 and len(first) == examples_in(inputs)
-            found[name].append(placed and not _by_channels(module, cast(Tensor, first).ndim - 2))
+            found[name].append(placed and not gives_channels(module, cast(Tensor, first).ndim - 2))
 
         return note
 
@@ -117,13 +116,6 @@ def _with_places(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Inp
     if output.ndim > 2 or len(torch.atleast_1d(output)) != examples_in(inputs):
         return {}
     return {name: modules[name] for name, calls in found.items() if calls == [True]}
-
-
-def _by_channels(module: nn.Module, axes: int) -> bool:
-    """Whether a module may give (examples, channels, places…) with so many axes of places, not features last."""
-    inside = list(module.modules())
-    convolved = any(isinstance(one, _ConvNd) and len(one.kernel_size) == axes for one in inside)
-    return convolved or any(isinstance(one, _BatchNorm) for one in inside)
 
 
 def _gradients(

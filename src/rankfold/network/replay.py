@@ -7,6 +7,7 @@ about half the time so, whatever the network is made of.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -39,6 +40,7 @@ class Replay:
         self._kept: dict[nn.Module, Tensor] = {}
         calls: dict[nn.Module, int] = {}
         depth = {module: name.count(".") for name, module in model.named_modules()}
+        first_to_go: list[tuple[int, int, int, nn.Module]] = []
         room = share(SHARE, LARGEST_SHARE)
 
         def keep(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -48,9 +50,9 @@ class Replay:
             if type(output) is Tensor and calls[module] == 1:
                 self._kept[module] = output.clone()
                 room -= output.nbytes
+                heapq.heappush(first_to_go, (-depth[module], -output.nbytes, -len(calls), module))
             while room < 0:
-                least = max(reversed(self._kept), key=lambda one: (depth[one], self._kept[one].nbytes))
-                room += self._kept.pop(least).nbytes
+                room += self._kept.pop(heapq.heappop(first_to_go)[-1]).nbytes
             return output
 
         self.output = self._run({}, keep)

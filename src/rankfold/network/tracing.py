@@ -107,6 +107,15 @@ def holds_statistics(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
 
 
+def gives_channels(module: nn.Module, axes: int) -> bool:
+    """Whether a module may give (examples, channels, places…) with so many axes of places, not features last."""
+    return any(
+        isinstance(one, nn.modules.batchnorm._BatchNorm)
+        or (isinstance(one, nn.modules.conv._ConvNd) and len(one.kernel_size) == axes)
+        for one in module.modules()
+    )
+
+
 def _call(module: nn.Module, given: Any, output: Tensor) -> Call:
     """One call of a layer."""
     kind = known_kind(module)

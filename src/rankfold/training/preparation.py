@@ -1,4 +1,4 @@
-"""What a fine-tuning run is set up with: the student's factors, the optimiser, Accelerate's engine, the precision."""
+"""What a fine-tuning run is set up with: networks, factors, the optimiser, Accelerate's engine, precision."""
 
 from __future__ import annotations
 
