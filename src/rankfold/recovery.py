@@ -19,6 +19,7 @@ from rankfold.progress import Progress, silent
 from rankfold.sharing import place
 from rankfold.training import Losses, Training, Unlabelled, fine_tune
 from rankfold.training.augment import is_images, with_copies
+from rankfold.training.preparation import processes
 from rankfold.training.settings import distilling
 from rankfold.units import better
 
@@ -101,11 +102,11 @@ class Recovery:
         """A student that learned from the original's outputs, or as it was where they came no closer on held inputs."""
         if not self.distilling:
             return student, plan
-        training = distilling(self.distilling, known.inputs)
+        training = distilling(self.distilling, known.inputs, processes().device)
         inputs, batch_size = Unlabelled.of(known.inputs, training.batch_size)
         held, _ = Unlabelled.of(known.held, training.batch_size)
-        processes = place()[1]
-        training = replace(training, batch_size=math.ceil(batch_size / processes) * processes)
+        world = place()[1]
+        training = replace(training, batch_size=math.ceil(batch_size / world) * world)
         trained = fine_tune(
             student,
             inputs,

@@ -15,6 +15,7 @@ from rankfold.network.passes import joined
 from rankfold.reports.tables import calibration
 from rankfold.training import Losses, Training, Unlabelled, fine_tune
 from rankfold.training.examples import score_of
+from rankfold.training.settings import multiplies_bfloat16
 
 EPOCHS = Training(epochs=6, batch_size=16, optimiser="adamw", rate=3e-3, weight_decay=0.0, patience=6, precision="no")
 
@@ -66,7 +67,9 @@ def test_outputs_come_closer_on_other_inputs_and_the_original_stays():
 def test_it_is_deterministic_and_what_it_made_is_saved(tmp_path: Path):
     model, ids = words(), rows(3, 4)[0]
     first, second = (compressed(model, 2) for _ in range(2))
-    assert first.plan.settings["distilled"]["batch_size"] == 1
+    told = first.plan.settings["distilled"]
+    precision = "bf16" if multiplies_bfloat16(torch.device("cpu")) else "no"
+    assert (told["batch_size"], told["precision"]) == (1, precision)
     with torch.no_grad():
         assert torch.equal(first.model(**ids)[0], second.model(**ids)[0])
         save(first, tmp_path / "small")

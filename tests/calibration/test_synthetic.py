@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from rankfold import Budget, DataError, compress
 from rankfold.calibration.synthetic import advice, pink_noise, synthetic_inputs, synthetic_like
-from rankfold.calibration.tokens import random_rows, with_written
+from rankfold.calibration.tokens import Drawn, random_rows, with_written
 from rankfold.sources.models import optional
 
 
@@ -160,6 +162,19 @@ def test_large_images_are_made_smaller_where_all_that_has_places_gets_fewer(size
 
 def test_images_that_are_not_large_keep_their_size():
     assert torch.cat(synthetic_like(Pooled(1).eval(), torch.zeros(1, 3, 160, 192), 2)).shape == (2, 3, 160, 192)
+
+
+def test_written_tokens_follow_the_distribution_that_they_are_drawn_from():
+    """Within three deviations for every token, none that would end the row, and none that is impossible."""
+    model = nn.Identity()
+    model.generation_config = SimpleNamespace(eos_token_id=[2, 5])  # pyrefly: ignore[bad-assignment]
+    logits = torch.tensor([0.0, 1.0, 9.0, -2.0, -torch.inf, 3.0, 2.0, -torch.inf])
+    count = 40_000
+    left = Drawn(model, 3)(torch.zeros(count, 1, dtype=torch.int64), logits.repeat(count, 1))
+    assert torch.equal((left > -torch.inf).sum(1), torch.ones(count, dtype=torch.int64))
+    found = torch.bincount(left.argmax(1), minlength=8) / count
+    expected = logits.index_fill(0, torch.tensor([2, 5]), -torch.inf).softmax(0)
+    assert bool(((found - expected).abs() <= 3 * (expected * (1 - expected) / count).sqrt()).all())
 
 
 def test_a_model_that_predicts_the_next_token_writes_its_own_inputs():

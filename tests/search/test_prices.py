@@ -14,6 +14,7 @@ from rankfold.network.finding import find_layers
 from rankfold.network.passes import run
 from rankfold.planning import measure
 from rankfold.reports.demo import digits
+from rankfold.search import network_objectives
 from rankfold.search.curves import Curve, Price
 from rankfold.search.prices import TEMPERATURE, priced
 
@@ -51,6 +52,21 @@ def test_prices_are_divergences() -> None:
         given, target = ((run(one, x) / TEMPERATURE).log_softmax(1) for one in (wrong, model))
         divergence = functional.kl_div(given, target, reduction="batchmean", log_target=True) * TEMPERATURE**2
         assert loss == pytest.approx(float(divergence), rel=1e-3)
+
+
+def test_how_many_logits_are_compared_at_once_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the divergence nor its gradient, of dense predictions either."""
+    own, taught = torch.randn(2, 5, 7, 3, 4, dtype=torch.float32).unbind()
+    found = []
+    for most in (1, 40, 2**22):
+        monkeypatch.setattr(network_objectives, "IN_PART", most)
+        given = own.clone().requires_grad_()
+        loss = network_objectives.softened(given, taught, 2.0)
+        found.append(torch.cat([loss[None], torch.autograd.grad(loss, given)[0].flatten()]))
+    rows = ((one / 2).movedim(1, -1).log_softmax(-1).double() for one in (own, taught))
+    expected = 4 * functional.kl_div(*rows, reduction="none", log_target=True).sum(-1).mean()
+    assert float(found[0][0]) == pytest.approx(float(expected), rel=1e-5)
+    assert all(torch.allclose(one, found[0], rtol=1e-5, atol=1e-8) for one in found[1:])
 
 
 def test_what_hardly_counts_is_cheap() -> None:

@@ -30,6 +30,9 @@ from rankfold.network.passes import (
 from rankfold.search.curves import Curve
 from rankfold.search.objective import Objective
 
+IN_PART = 2**22
+"""Logits that are compared at once, about: what is in between takes several times their room."""
+
 
 class NetworkObjective(Objective):
     """A mean over batches of a loss of the network's outputs.
@@ -173,10 +176,6 @@ def class_axis(output: Tensor) -> int:
     return 1 if output.ndim > 3 else -1
 
 
-ROWS = 1024
-"""Distributions that are compared together: those of language models are large."""
-
-
 def divergences(
     model: nn.Module, students: Sequence[nn.Module], batches: Iterable[Inputs], temperature: float
 ) -> Float[Tensor, "students rows"]:
@@ -201,9 +200,7 @@ def _errors(output: Any, original: Tensor, temperature: float) -> Float[Tensor, 
         raise ModelError(f"the student gives outputs of shape {tuple(own.shape)}, the original {tuple(original.shape)}")
     if not over_classes(original):
         return (own - original).float().square().reshape(len(original), -1).sum(1)
-    axis = class_axis(original)
-    rows = (one.movedim(axis, -1).flatten(0, -2).split(ROWS) for one in (own, original))
-    return torch.cat([temperature**2 * _divergence(a, b, temperature) for a, b in zip(*rows, strict=True)])
+    return temperature**2 * _divergence(own, original, temperature)
 
 
 def _energies(original: Tensor) -> Float[Tensor, " rows"]:
@@ -233,7 +230,10 @@ def softened(output: Tensor, taught: Tensor, temperature: float) -> Tensor:
 
 def _divergence(output: Tensor, taught: Tensor, temperature: float) -> Float[Tensor, " rows"]:
     """The Kullback-Leibler divergence of the softmax of outputs at a temperature from the teacher's, row by row."""
-    axis = class_axis(taught)
-    rows = (one.float().movedim(axis, -1).flatten(0, -2) for one in (output, taught))
-    own, other = (functional.log_softmax(one / temperature, -1) for one in rows)
-    return functional.kl_div(own, other, reduction="none", log_target=True).sum(-1)
+    axis, found = class_axis(taught), []
+    own, other = (one.movedim(axis, -1).flatten(0, -2) for one in (output, taught))
+    few = max(1, IN_PART // own.shape[-1])
+    for part in zip(own.split(few), other.split(few), strict=True):
+        logs = (functional.log_softmax(one.float() / temperature, -1) for one in part)
+        found.append(functional.kl_div(*logs, reduction="none", log_target=True).sum(-1))
+    return torch.cat(found)

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from rankfold.errors import TrainingError
 from rankfold.network.passes import Inputs
 from rankfold.training.augment import augmentation, is_images
@@ -106,15 +108,24 @@ TEXT: dict[str, Any] = {"batch_size": 4, "optimiser": "adamw", "rate": 1e-4}
 """What is usual for blocks of text, unless said otherwise: docs/language.md has what was measured."""
 
 
-def distilling(given: int | Training, batches: Iterable[Inputs]) -> Training:
-    """The settings of a distillation on calibration inputs: those given, or what is usual for so many epochs."""
+def distilling(given: int | Training, batches: Iterable[Inputs], device: torch.device) -> Training:
+    """The settings of a distillation on calibration inputs: those given, or what is usual for so many epochs there."""
     if isinstance(given, Training):
         return given
     first = next(iter(batches))
     if not is_images(first):
-        return Training(epochs=given, patience=given, **DISTILLING, **DISTILLING_OTHERS)
+        precision = "bf16" if multiplies_bfloat16(device) else "no"
+        return Training(epochs=given, patience=given, **{**DISTILLING, "precision": precision}, **DISTILLING_OTHERS)
     augment = "cifar" if max(first.shape[2:]) <= SMALL else "imagenet"
     return Training(epochs=given, augment=augment, patience=given, **DISTILLING, **DISTILLING_IMAGES)
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for products of bfloat16; without them such passes are slower, not faster."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def rate_at(training: Training, step: int, total: int) -> float:
