@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ import torch
 from blocks import BLOCKS, Bottleneck, built, images  # type: ignore[import-not-found]
 from torch import nn
 
-from rankfold import Budget, BudgetError, PlanError, UnknownNameError, compress, load, save, study
+from rankfold import Budget, BudgetError, PlanError, UnknownNameError, compress, load, save, study, units
 from rankfold.calibration.walks import walking
 from rankfold.evaluation import accuracy
 from rankfold.network.passes import parted, run
 from rankfold.plan import Plan
+from rankfold.search.prices import priced
 from rankfold.sources.data import Dataset, Normalisation, open_dataset
 from rankfold.training import Training, fine_tune
 from rankfold.units import better
@@ -80,6 +82,23 @@ def test_a_study_gives_what_compress_does(name: str) -> None:
         assert one.plan == other.plan
         assert torch.equal(one.model(x), other.model(x))
     assert studied.compress().plan == studied.compress(Budget(macs=0.8)).plan
+
+
+def test_channels_are_priced_on_two_inputs_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, however long their passes are."""
+    model, _ = built("swiglu")
+    x, seen = BLOCKS["swiglu"][1](64), []
+
+    def noted(*args: Any, **options: Any) -> Any:
+        seen.extend(len(batch) for batch in args[4])
+        return priced(*args, **options)
+
+    monkeypatch.setattr(units, "priced", noted)
+    for most, sizes in ((2**43, [8]), (0, [1, 1])):
+        monkeypatch.setattr(units, "WORK", most)
+        study(model, x[:1], decomposition="interpolative", budget=Budget(macs=0.8), calibration=[x])
+        assert seen == sizes
+        seen.clear()
 
 
 @pytest.mark.parametrize("other", [Budget(params=0.5), Budget(macs=0.5, params=0.5), Budget(error=0.1)])

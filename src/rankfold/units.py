@@ -21,7 +21,7 @@ from rankfold.network.costs import cost_of
 from rankfold.network.finding import Layers
 from rankfold.network.kinds import weight_of, weight_shape
 from rankfold.network.narrowing import tried
-from rankfold.network.passes import Inputs, device_of, few, run
+from rankfold.network.passes import Inputs, device_of, few, run, split
 from rankfold.network.timing.context import timed
 from rankfold.network.tracing import followed
 from rankfold.plan import INTERPOLATIVE, ChannelSet, LayerPlan, Narrowing, channels_named
@@ -40,7 +40,9 @@ SURE = 1.3
 EXAMPLES = 64
 """Inputs on which errors are priced, at most."""
 WORK = 2**43
-"""MACs of all passes over them, at most, but for one input where there are channels to be weighed."""
+"""MACs of all passes over them, at most, but for `FEWEST` inputs where there are channels to be weighed."""
+FEWEST = 2
+"""Inputs on which channels are priced, at least: what one block of text says is not so of another."""
 
 
 def hidden_channels(model: nn.Module, inputs: Inputs, layers: Layers, choices: Mapping[str, Sequence[str]]) -> Channels:
@@ -158,9 +160,11 @@ def with_prices(
     try:
         (one,) = few(inputs, 1)
         passes = WORK // max(cost_of(model, one).macs * parts * len(TRIALS), 1)
-        count = min(EXAMPLES, max(passes, 1 if widths else 0))
+        count = min(EXAMPLES, max(passes, FEWEST if widths else 0))
         if count:
-            return priced(model, curves, widths, known.moments, few(inputs, count), progress=progress)
+            chosen = few(inputs, count)
+            chosen = split(chosen, 1) if count <= FEWEST else chosen  # whose passes are long, and take much room
+            return priced(model, curves, widths, known.moments, chosen, progress=progress)
     except ModelError:
         pass
     return tuple(curves), tuple(widths)

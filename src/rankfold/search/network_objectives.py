@@ -231,9 +231,9 @@ def softened(output: Tensor, taught: Tensor, temperature: float) -> Tensor:
 def _divergence(output: Tensor, taught: Tensor, temperature: float) -> Float[Tensor, " rows"]:
     """The Kullback-Leibler divergence of the softmax of outputs at a temperature from the teacher's, row by row."""
     axis, found = class_axis(taught), []
-    own, other = (one.movedim(axis, -1).flatten(0, -2) for one in (output, taught))
-    few = max(1, IN_PART // own.shape[-1])
-    for part in zip(own.split(few), other.split(few), strict=True):
-        logs = (functional.log_softmax(one.float() / temperature, -1) for one in part)
-        found.append(functional.kl_div(*logs, reduction="none", log_target=True).sum(-1))
+    rows, aims = (one.movedim(axis, -1).flatten(0, -2) for one in (output, taught))
+    few = max(1, IN_PART // rows.shape[-1])
+    for part in zip(rows.split(few), aims.split(few), strict=True):
+        own, other = (functional.log_softmax(one.float() / temperature, -1) for one in part)
+        found.append(functional.kl_div(own, other, reduction="none", log_target=True).sum(-1))
     return torch.cat(found)

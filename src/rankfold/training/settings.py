@@ -114,8 +114,8 @@ def distilling(given: int | Training, batches: Iterable[Inputs], device: torch.d
         return given
     first = next(iter(batches))
     if not is_images(first):
-        precision = "bf16" if multiplies_bfloat16(device) else "no"
-        return Training(epochs=given, patience=given, **{**DISTILLING, "precision": precision}, **DISTILLING_OTHERS)
+        usual = DISTILLING | DISTILLING_OTHERS | {"precision": "bf16" if multiplies_bfloat16(device) else "no"}
+        return Training(epochs=given, patience=given, **usual)
     augment = "cifar" if max(first.shape[2:]) <= SMALL else "imagenet"
     return Training(epochs=given, augment=augment, patience=given, **DISTILLING, **DISTILLING_IMAGES)
 
