@@ -80,6 +80,7 @@ def priced(
             for trial in part():
                 loss = divergence(output_of(replay(trial.weights)))
                 found[trial.error] = found.get(trial.error, 0.0) + loss * size / sum(sizes)
+        del replay, divergence  # what they keep makes room for the next one's
     progress("pricing errors", len(inputs) * len(parts), len(inputs) * len(parts))
     made = everywhere(sums)
     sums = [made[done % len(made)][done] for done in range(len(parts))]
