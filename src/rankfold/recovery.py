@@ -16,7 +16,6 @@ from rankfold.network.copies import duplicate
 from rankfold.network.passes import Inputs, examples_in
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
-from rankfold.sharing import place
 from rankfold.training import Losses, Training, Unlabelled, fine_tune
 from rankfold.training.augment import is_images, with_copies
 from rankfold.training.preparation import processes
@@ -102,11 +101,11 @@ class Recovery:
         """A student that learned from the original's outputs, or as it was where they came no closer on held inputs."""
         if not self.distilling:
             return student, plan
-        training = distilling(self.distilling, known.inputs, processes().device)
+        here = processes()
+        training = distilling(self.distilling, known.inputs, here.device)
         inputs, batch_size = Unlabelled.of(known.inputs, training.batch_size)
         held, _ = Unlabelled.of(known.held, training.batch_size)
-        world = place()[1]
-        training = replace(training, batch_size=math.ceil(batch_size / world) * world)
+        training = replace(training, batch_size=math.ceil(batch_size / here.num_processes) * here.num_processes)
         trained = fine_tune(
             student,
             inputs,

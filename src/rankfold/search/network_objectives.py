@@ -200,7 +200,7 @@ def _errors(output: Any, original: Tensor, temperature: float) -> Float[Tensor, 
         raise ModelError(f"the student gives outputs of shape {tuple(own.shape)}, the original {tuple(original.shape)}")
     if not over_classes(original):
         return (own - original).float().square().reshape(len(original), -1).sum(1)
-    return temperature**2 * _divergence(own, original, temperature)
+    return _divergence(own, original, temperature)
 
 
 def _energies(original: Tensor) -> Float[Tensor, " rows"]:
@@ -225,15 +225,15 @@ def softened(output: Tensor, taught: Tensor, temperature: float) -> Tensor:
             f"the student gives outputs of shape {tuple(output.shape)}, the teacher {tuple(taught.shape)}; "
             "distillation needs a teacher of the same classes"
         )
-    return temperature**2 * _divergence(output, taught, temperature).mean()
+    return _divergence(output, taught, temperature).mean()
 
 
 def _divergence(output: Tensor, taught: Tensor, temperature: float) -> Float[Tensor, " rows"]:
-    """The Kullback-Leibler divergence of the softmax of outputs at a temperature from the teacher's, row by row."""
+    """T² times the Kullback-Leibler divergence of the softmax at T from the teacher's, row by row."""
     axis, found = class_axis(taught), []
     rows, aims = (one.movedim(axis, -1).flatten(0, -2) for one in (output, taught))
     few = max(1, IN_PART // rows.shape[-1])
     for part in zip(rows.split(few), aims.split(few), strict=True):
         own, other = (functional.log_softmax(one.float() / temperature, -1) for one in part)
         found.append(functional.kl_div(own, other, reduction="none", log_target=True).sum(-1))
-    return torch.cat(found)
+    return temperature**2 * torch.cat(found)

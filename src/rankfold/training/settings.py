@@ -88,7 +88,6 @@ class Training:
 DISTILLING: dict[str, Any] = {
     "optimiser": "adamw",
     "weight_decay": 0.0,
-    "precision": "no",  # what a trial would choose may differ from run to run
 }
 """What is usual where the original on few inputs is all that is learned from."""
 DISTILLING_IMAGES: dict[str, Any] = {
@@ -98,6 +97,7 @@ DISTILLING_IMAGES: dict[str, Any] = {
     "ema": 0.98,
     "cutmix": 0.5,
     "as_evaluated": True,
+    "precision": "no",  # what a trial would choose may differ from run to run
 }
 """The same for images: docs/calibration.md has what was measured."""
 DISTILLING_OTHERS: dict[str, Any] = {"batch_size": 1, "rate": 1e-4}
@@ -114,8 +114,8 @@ def distilling(given: int | Training, batches: Iterable[Inputs], device: torch.d
         return given
     first = next(iter(batches))
     if not is_images(first):
-        usual = DISTILLING | DISTILLING_OTHERS | {"precision": "bf16" if multiplies_bfloat16(device) else "no"}
-        return Training(epochs=given, patience=given, **usual)
+        precision = "bf16" if multiplies_bfloat16(device) else "no"
+        return Training(epochs=given, patience=given, precision=precision, **DISTILLING, **DISTILLING_OTHERS)
     augment = "cifar" if max(first.shape[2:]) <= SMALL else "imagenet"
     return Training(epochs=given, augment=augment, patience=given, **DISTILLING, **DISTILLING_IMAGES)
 
