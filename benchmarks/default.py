@@ -56,7 +56,7 @@ def main() -> None:
     folder = require_data(given)
     cases = [tuple(case.split(":")) for case in given.only or ()] or list(itertools.product(NETWORKS, CHOICES))
     for name, group in itertools.groupby(cases, key=lambda case: case[0]):
-        model, scored, batches = _opened(folder, name)
+        model, scored, batches = opened_with_inputs(folder, name)
         base = None
         for _, choice in group:
             place = given.work / f"{name}-{choice.replace(',', '-')}"
@@ -70,7 +70,7 @@ def main() -> None:
                     print(f"{name}:{choice}: {error}", flush=True)
 
 
-def _opened(folder: Path, name: str) -> tuple[nn.Module, Dataset, list[torch.Tensor]]:
+def opened_with_inputs(folder: Path, name: str) -> tuple[nn.Module, Dataset, list[torch.Tensor]]:
     """A network with its weights, examples to score it on, and `COUNT` inputs."""
     if name == "digits":
         small, held_out = digits()

@@ -643,8 +643,28 @@ def _fill_sizes() -> None:
         ]
         if part:
             fill(ROOT / "docs" / "latency.md", marker, f"\n{rows_of(part, columns)}\n\n{source(part)}")
+    if records := gathered("chosen"):
+        fill(ROOT / "docs" / "choosing.md", "chosen", f"\n{chosen(records)}\n\n{source(records)}")
     if records := gathered("large"):
         fill(ROOT / "docs" / "large.md", "large", f"\n{rows_of(records, LARGE)}\n\n{source(records)}")
+
+
+def chosen(records: list[dict[str, Any]]) -> str:
+    """How often decompositions are chosen, a row per network and limit, and what `auto` saves and loses beside all."""
+    names = sorted({name for one in records for name in one["layers"]}, key=lambda name: (name == "none", name))
+    header = ["network", "limit", *names, "study of all, s", "of `auto`, s", "error of `auto` ÷ of all"]
+    rows = [
+        [
+            one["model"],
+            one["unit"],
+            *(str(one["layers"].get(name, 0)) for name in names),
+            f"{one['seconds_all']:.1f}",
+            f"{one['seconds_auto']:.1f}",
+            f"{min(one['error_ratio'].values()):.3f} – {max(one['error_ratio'].values()):.3f}",
+        ]
+        for one in records
+    ]
+    return table(header, rows)
 
 
 def architectures(records: list[dict[str, Any]]) -> str:

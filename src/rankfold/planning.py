@@ -142,7 +142,9 @@ def suited(choices: Mapping[str, tuple[str, ...]], search: str | Search, *, blin
     }
 
 
-AUTO = (*DECOMPOSITIONS, INTERPOLATIVE)
+SELDOM = ("tt", "ring")
+"""What takes half of the time of measuring, and is chosen next to nowhere beside the others: docs/choosing.md."""
+AUTO = (*(name for name in DECOMPOSITIONS if name not in SELDOM), INTERPOLATIVE)
 """What "auto" stands for."""
 DEFAULT, FAST = ("cp3", INTERPOLATIVE), ("spatial", INTERPOLATIVE)
 """What is taken where nothing is said, and where it is time that is limited: docs/choosing.md has the table."""

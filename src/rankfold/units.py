@@ -21,7 +21,7 @@ from rankfold.network.costs import cost_of
 from rankfold.network.finding import Layers
 from rankfold.network.kinds import weight_of, weight_shape
 from rankfold.network.narrowing import tried
-from rankfold.network.passes import Inputs, device_of, few, run, split
+from rankfold.network.passes import Inputs, device_of, examples_in, few, rejoined, run
 from rankfold.network.timing.context import timed
 from rankfold.network.tracing import followed
 from rankfold.plan import INTERPOLATIVE, ChannelSet, LayerPlan, Narrowing, channels_named
@@ -163,7 +163,9 @@ def with_prices(
         count = min(EXAMPLES, max(passes, FEWEST if widths else 0))
         if count:
             chosen = few(inputs, count)
-            chosen = split(chosen, 1) if count <= FEWEST else chosen  # whose passes are long, and take much room
+            # errors are made anew for every batch; passes over `FEWEST` are long, and take much room
+            most = 1 if count <= FEWEST else max(map(examples_in, inputs))
+            chosen = rejoined(chosen, most)
             return priced(model, curves, widths, known.moments, chosen, progress=progress)
     except ModelError:
         pass

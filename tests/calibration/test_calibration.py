@@ -173,3 +173,16 @@ def test_passes_end_behind_the_last_layer_that_is_measured():
     whole = calibrate(model, layers, [torch.ones(4, 6), torch.ones(3, 6), torch.ones(2, 6)], shrink=False)
     assert len(calls) == 2, "what looks for places, and the first pass, which shows that every layer is called once"
     assert {name: one.positions for name, one in whole.moments.items()} == dict.fromkeys(("query", "key", "value"), 9)
+
+
+def test_narrow_passes_give_nearly_the_same_moments_in_the_same_precision(small_cnn: nn.Module):
+    batch = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    layers = find_layers(small_cnn, batch).found
+    exact, narrow = (calibrate(small_cnn, layers, [batch], narrow=one) for one in (False, True))
+    assert (exact.narrow, narrow.narrow) == (False, True)
+    distances = []
+    for name, moment in exact.moments.items():
+        near = narrow.moments[name].joint
+        assert near.dtype == moment.joint.dtype
+        distances.append(float((near - moment.joint).norm() / moment.joint.norm()))
+    assert 0 < max(distances) < 0.02

@@ -12,10 +12,10 @@ from torch import nn
 from rankfold import Budget, DataError, TrainingError, compress
 from rankfold.files.artifact import load, save
 from rankfold.network.passes import joined
+from rankfold.network.precision import multiplies_bfloat16
 from rankfold.reports.tables import calibration
 from rankfold.training import Losses, Training, Unlabelled, fine_tune
 from rankfold.training.examples import score_of
-from rankfold.training.settings import multiplies_bfloat16
 
 EPOCHS = Training(epochs=6, batch_size=16, optimiser="adamw", rate=3e-3, weight_decay=0.0, patience=6, precision="no")
 

@@ -93,3 +93,13 @@ def test_what_comes_before_is_not_run_again(outputs: int, monkeypatch: pytest.Mo
     done.clear()
     assert same([replay(named)], [whole])
     assert len(done) == (4 if outputs else 8)
+
+
+def test_narrow_passes_are_near_and_replayed_as_they_were() -> None:
+    model, inputs = built("bottleneck")
+    model.eval()
+    exact, narrow = Replay(model, inputs), Replay(model, inputs, narrow=True)
+    (whole,), (near,) = tensors_in(exact.output), tensors_in(narrow.output)
+    assert near.dtype == torch.bfloat16
+    assert 0 < float((near.float() - whole).norm()) < 0.05 * float(whole.norm())
+    assert same(tensors_in(narrow({})), [near])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,8 @@ from rankfold.calibration.moments import Calibration, calibrate
 from rankfold.calibration.synthetic import advice, synthetic_like
 from rankfold.errors import UnknownNameError
 from rankfold.network.finding import Layers
-from rankfold.network.passes import Inputs, examples_in, parted
+from rankfold.network.passes import Inputs, examples_in, few, parted
+from rankfold.network.precision import takes_bfloat16
 from rankfold.progress import Progress
 
 HELD_SHARE = 8
@@ -54,7 +56,8 @@ def calibrated(
         raise UnknownNameError("calibration", given, ("auto", "none", "synthetic"))
     batches = list(given) if isinstance(given, Iterator) else given  # the fits go over them again
     batches, held = (batches, []) if of_weights else parted(batches, HELD_SHARE, HELD_MOST)
-    known = calibrate(model, layers.found, batches, source=source, reason=reason, progress=progress)
+    narrow = not of_weights and all(takes_bfloat16(model, one) for one in few(islice(batches, 1), 1))
+    known = calibrate(model, layers.found, batches, source=source, reason=reason, narrow=narrow, progress=progress)
     return replace(known, held=held)
 
 
@@ -72,6 +75,7 @@ def provenance(known: Calibration, in_order: bool) -> dict[str, Any]:
         "calibration_held": held,
         "frobenius_layers": sorted(known.missing),
         **({"approximate_moments": dict(sorted(known.approximate.items()))} if known.approximate else {}),
+        **({"calibration_passes": "in bfloat16"} if known.narrow else {}),
         **({"weighted_layers": sorted(known.weights)} if known.weights else {}),
         "fitted": "in forward order" if in_order else "layer by layer",
     }

@@ -26,7 +26,8 @@ from rankfold.errors import DataError, reason_of
 from rankfold.memory import share
 from rankfold.network.hooks import Reached, attached
 from rankfold.network.kinds import known_kind, shape_of
-from rankfold.network.passes import Inputs, arguments_of, describe_inputs, run
+from rankfold.network.passes import Inputs, arguments_of, describe_inputs, device_of, run
+from rankfold.network.precision import in_bfloat16
 from rankfold.plan import LayerSpec
 from rankfold.progress import Progress, silent
 from rankfold.sharing import everywhere, owned, place
@@ -44,7 +45,7 @@ class Calibration:
 
     `inputs` are the batches themselves, empty where they were used up by measuring; `samples` counts what is in them.
     `held` are others, on which what was made by the moments is judged. `weights` are those of the places of layers'
-    outputs, where they count unequally.
+    outputs, where they count unequally. `narrow` says that passes were in bfloat16.
     """
 
     moments: Mapping[str, Moment]
@@ -57,6 +58,7 @@ class Calibration:
     held: Sequence[Inputs] = field(default=(), repr=False)
     approximate: Mapping[str, str] = field(default_factory=dict)
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    narrow: bool = False
 
 
 def calibrate(
@@ -67,6 +69,7 @@ def calibrate(
     source: str = "given inputs",
     reason: str = "asked for",
     shrink: bool = True,
+    narrow: bool = False,
     progress: Progress = silent,
 ) -> Calibration:
     """The second moments of the layers' patches over all batches, in passes that keep none of them.
@@ -75,9 +78,10 @@ def calibrate(
     evaluation mode, and left as it was. Where moments take more than a share of the memory there is (`rankfold.memory`)
     they are measured part by part and kept in files. Where patches are few for their size, moments are mixed with the
     identity (`Moment.shrunk`) unless `shrink` is false. Where a network's outputs hang on a few places of what a layer
-    gives, such as a class token, these count more (`rankfold.calibration.positions`). A layer that is never called is
-    listed as missing. Raises DataError for batches that are empty, do not fit the model, or lead to values that are not
-    finite.
+    gives, such as a class token, these count more (`rankfold.calibration.positions`). Passes, but not the sums, are in
+    bfloat16 where they are to be `narrow`: fits of ResNet-50's layers by such moments have 0.01 to 0.2 % more of an
+    error, by those of half of 200 images 1.3 to 360 %. A layer that is never called is listed as missing. Raises
+    DataError for batches that are empty, do not fit the model, or lead to values that are not finite.
     """
     modules = {name: model.get_submodule(name) for layer in layers for name in (layer.name, *layer.aliases)}
     modules = {name: module for name, module in modules.items() if not known_kind(module).lookup}
@@ -89,7 +93,9 @@ def calibrate(
     approximate: dict[str, str] = {}
     for number, part in enumerate(parts):
         what = f"calibrating, {number + 1} of {len(parts)}" if len(parts) > 1 else "calibrating"
-        made, count, samples = _measured(model, part, batches, partial(progress, what), weights, shrink=shrink)
+        made, count, samples = _measured(
+            model, part, batches, partial(progress, what), weights, shrink=shrink, narrow=narrow
+        )
         for names, moment in made:
             moments.update(dict.fromkeys(names, moment))
             if moment.joint is None:
@@ -103,7 +109,7 @@ def calibrate(
         if layer.name not in moments
     }
     kept = () if isinstance(batches, Iterator) else batches
-    return Calibration(moments, missing, count, source, reason, samples, kept, (), approximate, weights)
+    return Calibration(moments, missing, count, source, reason, samples, kept, (), approximate, weights, narrow)
 
 
 def _in_memory(
@@ -135,14 +141,15 @@ def _measured(
     weights: Mapping[str, Tensor],
     *,
     shrink: bool,
+    narrow: bool,
 ) -> tuple[Iterator[tuple[list[str], Moment]], int, int]:
     """Moments with the layers that they are of, over all batches; how many batches there were, and examples in them."""
     try:
         watch, count, samples = _watched(
-            model, owners, batches, progress, weights, shared=not isinstance(batches, Iterator)
+            model, owners, batches, progress, weights, shared=not isinstance(batches, Iterator), narrow=narrow
         )
     except _Apart:
-        watch, count, samples = _watched(model, owners, batches, progress, weights, shared=False)
+        watch, count, samples = _watched(model, owners, batches, progress, weights, shared=False, narrow=narrow)
     if count == 0:
         raise DataError("the calibration inputs are empty; give at least one batch")
     progress(count, count)
@@ -157,13 +164,14 @@ def _watched(
     weights: Mapping[str, Tensor],
     *,
     shared: bool,
+    narrow: bool,
 ) -> tuple[_Watch, int, int]:
     """What went into some modules over all batches; how many batches there were, and examples in them."""
     watch, count, samples = _Watch(owners, count_of(batches), weights, shared=shared), 0, 0
     with watch.hooked():
         for batch in batches:
             progress(count, max(count_of(batches), count + 1))
-            with suppress(Reached):
+            with suppress(Reached), in_bfloat16(device_of(model), enabled=narrow):
                 forward_batch(model, batch, count)
             watch.passed()
             count += 1
@@ -234,8 +242,9 @@ class _Watch:
             group = int(args[1]) if kind.stacked else None
             thinning = slice(None) if group is not None else thinning_of(module, output, number, self.batches)
             if self.own[name]:
-                for patches, weights in weighted_patches(module, x.detach(), thinning, self.weights.get(name)):
-                    self.sums[name].add(patches, group, weights)
+                with in_bfloat16(x.device, enabled=False):
+                    for patches, weights in weighted_patches(module, x.detach(), thinning, self.weights.get(name)):
+                        self.sums[name].add(patches, group, weights)
         if self._once and set(self._calls.values()) == {number + 1}:
             raise Reached
 

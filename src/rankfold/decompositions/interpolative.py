@@ -29,6 +29,11 @@ FEWEST_STEPS = 64
 """Steps of an elimination at least, where there are as many channels."""
 COMPACT = 0.75
 """Part of the inverse that is still in use, below which the rest is let go."""
+APART = 1e-3
+"""Part of every input's mean square that no inputs before it tell, from which on a moment in float32 is inverted in it.
+
+Orders and errors are the same (ResNet-50's `layer4`, six digits), in half the time.
+"""
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,11 @@ def eliminate(weight: Float[Tensor, "g o i *taps"], moment: Moment, channels: in
         parts = groups
     run, block = channels // parts, flat.shape[2] * groups // channels
     within = parts // groups
-    inverse = _inverse(square)
+    inverse = _inverse(square, torch.float64 if moment.joint is None else moment.joint.dtype)
     orders = np.zeros((parts, run), dtype=np.int64)
     lost = np.zeros(run + 1)
     for group in range(groups):
-        order, errors = _eliminated(flat[group], inverse[group], within, run, block)
+        order, errors = _eliminated(flat[group].to(inverse), inverse[group], within, run, block)
         orders[group * within : (group + 1) * within] = order
         lost += errors
     lost[-1] = total
@@ -146,8 +151,16 @@ def _solved(square: Float64[Tensor, "n n"], right: Float64[Tensor, "n m"]) -> Fl
     return torch.linalg.solve(square, right) if failed else torch.cholesky_solve(right, triangle)
 
 
-def _inverse(square: Float64[Tensor, "g n n"]) -> Float64[Tensor, "g n n"]:
-    """The inverse of symmetric matrices; where they are definite, as moments are but for rounding, by Cholesky's."""
+def _inverse(square: Float64[Tensor, "g n n"], dtype: torch.dtype) -> Float[Tensor, "g n n"]:
+    """The inverse of symmetric matrices; where they are definite, as moments are but for rounding, by Cholesky's.
+
+    In a `dtype` less than float64 where no input is nearly a sum of others (`APART`).
+    """
+    if dtype != square.dtype:
+        triangle, failed = torch.linalg.cholesky_ex(square.to(dtype))
+        apart = triangle.diagonal(dim1=-2, dim2=-1).square() / square.diagonal(dim1=-2, dim2=-1)
+        if not failed.any() and apart.min() > APART:
+            return torch.cholesky_inverse(triangle)
     triangle, failed = torch.linalg.cholesky_ex(square)
     if not failed.any():
         return torch.cholesky_inverse(triangle)
@@ -171,11 +184,7 @@ def _eliminated(
             weight, inverse = weight[:, stay], inverse[stay][:, stay]
             places = torch.arange(parts * left, device=device).reshape(parts, left)
         size = min(step, left - 1)
-        count = len(inverse) // block
-        blocks = torch.diagonal(inverse.reshape(count, block, count, block), dim1=0, dim2=2).permute(2, 0, 1)
-        own = torch.linalg.inv(blocks[places.flatten()])
-        columns = weight.reshape(-1, count, block)[:, places.flatten()]
-        costs = torch.einsum("ogt,gts,ogs->g", columns, own, columns).reshape(parts, left)
+        costs = _costs(weight, inverse, places.flatten(), block).reshape(parts, left)
         going = costs.topk(size, dim=1, largest=False, sorted=True).indices
         orders.append(alive.gather(1, going))
         go = entries(places.gather(1, going), block)
@@ -191,3 +200,13 @@ def _eliminated(
     orders.append(alive)
     within = torch.cat(orders, 1).cpu() - torch.arange(parts)[:, None] * run
     return within.numpy(), np.array([*lost, lost[-1]])
+
+
+def _costs(weight: Tensor, inverse: Tensor, places: Tensor, block: int) -> Tensor:
+    """What leaving out each of some channels costs, tr W_q (H_qq)⁻¹ W_qᵀ."""
+    if block == 1:
+        return weight.square().sum(0)[places] / inverse.diagonal()[places]
+    count = len(inverse) // block
+    blocks = torch.diagonal(inverse.reshape(count, block, count, block), dim1=0, dim2=2).permute(2, 0, 1)
+    columns = weight.reshape(-1, count, block)[:, places].movedim(0, 1)
+    return ((columns @ torch.linalg.inv(blocks[places])) * columns).sum((1, 2))

@@ -95,6 +95,19 @@ def split(batches: Iterable[Inputs], most: int) -> list[Inputs]:
     return found
 
 
+def rejoined(batches: Sequence[Inputs], most: int) -> list[Inputs]:
+    """The same examples in as few batches of so many at most as hold them; unchanged where forms differ."""
+    alone = split(batches, 1)
+    if not are_single(alone):
+        return list(batches)
+    return [joined(alone[start : start + most]) for start in range(0, len(alone), most)]
+
+
+def are_single(parts: Sequence[Inputs]) -> bool:
+    """Whether all are one example, of one form, so that any of them can be joined."""
+    return len(set(map(describe_inputs, parts))) == 1 and all(examples_in(one) == 1 for one in parts)
+
+
 def joined(parts: Sequence[Inputs]) -> Inputs:
     """Batches of the same form as one; what has no examples in it is that of the first."""
     first = parts[0]

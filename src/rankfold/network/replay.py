@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.memory import share
-from rankfold.network.passes import Inputs, evaluating, output_of, run_with, same
+from rankfold.network.passes import Inputs, device_of, evaluating, output_of, run_with, same
+from rankfold.network.precision import in_bfloat16
 
 SHARE = 0.125
 """Part of the memory that outputs may take that are kept; modules whose outputs are not are run again.
@@ -33,10 +34,11 @@ class Replay:
     """A network on one batch of inputs, to be run with other tensors in place of some of its parameters.
 
     Modules that are called once in a pass and give one tensor are replayed, where that leaves the output as it is.
+    Passes are in bfloat16 where that is asked for (`narrow`).
     """
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        self.model, self.inputs = model, inputs
+    def __init__(self, model: nn.Module, inputs: Inputs, *, narrow: bool = False) -> None:
+        self.model, self.inputs, self.narrow = model, inputs, narrow
         self._kept: dict[nn.Module, Tensor] = {}
         calls: dict[nn.Module, int] = {}
         depth = {module: name.count(".") for name, module in model.named_modules()}
@@ -92,7 +94,8 @@ class Replay:
         return call
 
     def _run(self, named: Mapping[str, Tensor], call: Callable[..., Any]) -> Any:
-        with evaluating(self.model), torch.no_grad(), _intercepted(self.model, call):
+        narrow = in_bfloat16(device_of(self.model), enabled=self.narrow)
+        with evaluating(self.model), torch.no_grad(), narrow, _intercepted(self.model, call):
             return run_with(self.model, named, self.inputs)
 
 

@@ -25,6 +25,7 @@ from rankfold.decompositions.interpolative import entries, interpolated, padded
 from rankfold.decompositions.metric import IDENTITY, Moment
 from rankfold.network.kinds import module_weight, weight_of
 from rankfold.network.passes import Inputs, examples_in, output_of
+from rankfold.network.precision import takes_bfloat16
 from rankfold.network.replay import Replay
 from rankfold.plan import LayerSpec
 from rankfold.progress import Progress, silent
@@ -61,7 +62,8 @@ def priced(
 ) -> tuple[tuple[Curve, ...], tuple[Width, ...]]:
     """The curves and widths with prices, from the divergence of the network's outputs on a few inputs.
 
-    With `classes` these are distributions over classes, where they have more than one.
+    With `classes` these are distributions over classes, where they have more than one. Passes may be in bfloat16, which
+    changes prices by 0.4 to 5 %; half of the inputs change them by 9 to 53 % (ResNet-20, DeiT-Tiny).
     """
     specs = {curve.layer.name: curve.layer for curve in curves}
     parts: list[Callable[[], Iterator[Trial]]] = [
@@ -71,7 +73,7 @@ def priced(
     sums = [dict[float, float]() for _ in parts]
     sizes = [examples_in(batch) for batch in inputs]
     for number, (batch, size) in enumerate(zip(inputs, sizes, strict=True)):
-        replay = Replay(model, batch)
+        replay = Replay(model, batch, narrow=takes_bfloat16(model, batch))
         divergence = _divergence_from(output_of(replay.output), classes=classes)
         for done, (part, found) in enumerate(zip(parts, sums, strict=True)):
             progress("pricing errors", number * len(parts) + done, len(inputs) * len(parts))

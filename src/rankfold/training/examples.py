@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rankfold.errors import TrainingError
 from rankfold.evaluation import accuracy, perplexity
-from rankfold.network.passes import Inputs, describe_inputs, evaluating, examples_in, joined, output_of, run
+from rankfold.network.passes import Inputs, are_single, evaluating, examples_in, joined, output_of, run
 from rankfold.network.passes import split as in_parts
 from rankfold.progress import Progress, silent
 from rankfold.sources.data import Dataset
@@ -35,7 +35,7 @@ class Unlabelled:
         """
         kept = list(batches)
         alone = in_parts(kept, 1)
-        if len({describe_inputs(one) for one in alone}) == 1 and all(examples_in(one) == 1 for one in alone):
+        if are_single(alone):
             return cls(tuple(alone)), min(batch_size, max(len(alone), 1))
         return cls(tuple(in_parts(kept, batch_size))), 1
 

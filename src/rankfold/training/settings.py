@@ -11,6 +11,7 @@ import torch
 
 from rankfold.errors import TrainingError
 from rankfold.network.passes import Inputs
+from rankfold.network.precision import multiplies_bfloat16
 from rankfold.training.augment import augmentation, is_images
 
 OPTIMISERS = ("sgd", "adamw")
@@ -118,14 +119,6 @@ def distilling(given: int | Training, batches: Iterable[Inputs], device: torch.d
         return Training(epochs=given, patience=given, precision=precision, **DISTILLING, **DISTILLING_OTHERS)
     augment = "cifar" if max(first.shape[2:]) <= SMALL else "imagenet"
     return Training(epochs=given, augment=augment, patience=given, **DISTILLING, **DISTILLING_IMAGES)
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions for products of bfloat16; without them such passes are slower, not faster."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    known = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def rate_at(training: Training, step: int, total: int) -> float:
