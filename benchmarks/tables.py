@@ -650,9 +650,9 @@ def _fill_sizes() -> None:
 
 
 def chosen(records: list[dict[str, Any]]) -> str:
-    """How often decompositions are chosen, a row per network and limit, and what `auto` saves and loses beside all."""
+    """How often decompositions are chosen, a row per network and limit, and what `auto` saves."""
     names = sorted({name for one in records for name in one["layers"]}, key=lambda name: (name == "none", name))
-    header = ["network", "limit", *names, "study of all, s", "of `auto`, s", "error of `auto` ÷ of all"]
+    header = ["network", "limit", *names, "study of all, s", "of `auto`, s"]
     rows = [
         [
             one["model"],
@@ -660,7 +660,6 @@ def chosen(records: list[dict[str, Any]]) -> str:
             *(str(one["layers"].get(name, 0)) for name in names),
             f"{one['seconds_all']:.1f}",
             f"{one['seconds_auto']:.1f}",
-            f"{min(one['error_ratio'].values()):.3f} – {max(one['error_ratio'].values()):.3f}",
         ]
         for one in records
     ]

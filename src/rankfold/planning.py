@@ -143,7 +143,7 @@ def suited(choices: Mapping[str, tuple[str, ...]], search: str | Search, *, blin
 
 
 SELDOM = ("tt", "ring")
-"""What takes half of the time of measuring, and is chosen next to nowhere beside the others: docs/choosing.md."""
+"""What takes half of the time of measuring, and is chosen for 14 of 560 layers beside the others: docs/choosing.md."""
 AUTO = (*(name for name in DECOMPOSITIONS if name not in SELDOM), INTERPOLATIVE)
 """What "auto" stands for."""
 DEFAULT, FAST = ("cp3", INTERPOLATIVE), ("spatial", INTERPOLATIVE)
