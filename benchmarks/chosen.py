@@ -15,8 +15,7 @@ from common import keep, parser, record, require_data
 from default import opened_with_inputs
 
 from rankfold import Budget, BudgetError, study
-from rankfold.decompositions import DECOMPOSITIONS
-from rankfold.plan import INTERPOLATIVE
+from rankfold.planning import EVERY
 
 CASES = tuple(
     f"{name}:{unit}"
@@ -49,7 +48,7 @@ def _counted(folder: Path, case: str) -> dict[str, Any]:
             calibration=batches,
             sequential=False,
         )
-        for names in ((*DECOMPOSITIONS, INTERPOLATIVE), "auto")
+        for names in (EVERY, "auto")
     )
     counts: Counter[str] = Counter()
     for kept in BUDGETS:

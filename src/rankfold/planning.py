@@ -144,7 +144,8 @@ def suited(choices: Mapping[str, tuple[str, ...]], search: str | Search, *, blin
 
 SELDOM = ("tt", "ring")
 """What takes half of the time of measuring, and is chosen for 14 of 560 layers beside the others: docs/choosing.md."""
-AUTO = (*(name for name in DECOMPOSITIONS if name not in SELDOM), INTERPOLATIVE)
+EVERY = (*DECOMPOSITIONS, INTERPOLATIVE)
+AUTO = tuple(name for name in EVERY if name not in SELDOM)
 """What "auto" stands for."""
 DEFAULT, FAST = ("cp3", INTERPOLATIVE), ("spatial", INTERPOLATIVE)
 """What is taken where nothing is said, and where it is time that is limited: docs/choosing.md has the table."""

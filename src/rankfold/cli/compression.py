@@ -57,7 +57,7 @@ def analyze(
         report = run_analysis(
             source.model,
             example,
-            decomposition=decompositions(decomposition or ["auto"]),
+            decomposition=decompositions(decomposition) if decomposition else None,
             include=include or None,
             exclude=exclude or (),
             progress=progress,

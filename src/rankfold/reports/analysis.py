@@ -19,7 +19,7 @@ from rankfold.network.kinds import weight_of
 from rankfold.network.opening import opened
 from rankfold.network.passes import Inputs
 from rankfold.plan import INTERPOLATIVE, LayerSpec
-from rankfold.planning import Decompositions, assign
+from rankfold.planning import EVERY, Decompositions, assign
 from rankfold.progress import Progress, silent
 from rankfold.search.candidates import measure_layer
 from rankfold.search.curves import Curve
@@ -98,14 +98,15 @@ def analyze(
     model: nn.Module,
     example_inputs: Inputs,
     *,
-    decomposition: Decompositions = "auto",
+    decomposition: Decompositions | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Analysis:
     """Every layer of the model, its cost, and what each decomposition would save at nine tenths of its energy.
 
-    A network without a layer to decompose has an analysis too: of its cost, and of the reasons.
+    Each is every one there is, unless some are named. A network without a layer to decompose has an analysis too: of its
+    cost, and of the reasons.
     """
     model = unwrapped(model)
     check_model(model)
@@ -114,7 +115,7 @@ def analyze(
     layers = find_layers(whole.model, example_inputs, include=include, exclude=exclude, closed=whole.closed)
     if not layers.found:
         return Analysis(cost, (), layers.skipped)
-    choices, layers = assign(layers, decomposition)
+    choices, layers = assign(layers, EVERY if decomposition is None else decomposition)
     rows = []
     for done, layer in enumerate(layers.found):
         progress("measuring layers", done, len(layers.found))
