@@ -105,8 +105,8 @@ def analyze(
 ) -> Analysis:
     """Every layer of the model, its cost, and what each decomposition would save at nine tenths of its energy.
 
-    Each is every one there is, unless some are named. A network without a layer to decompose has an analysis too: of its
-    cost, and of the reasons.
+    Each is every one there is, unless some are named. A network without a layer to decompose has an analysis too: of
+    its cost, and of the reasons.
     """
     model = unwrapped(model)
     check_model(model)
