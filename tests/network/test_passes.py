@@ -19,3 +19,4 @@ def test_batches_are_put_together() -> None:
 def test_batches_of_other_forms_stay_as_they_are() -> None:
     given = [torch.zeros(2, 3), torch.zeros(2, 4)]
     assert [one.shape for one in rejoined(given, 4)] == [(2, 3), (2, 4)]
+    assert [one.shape for one in rejoined(given, 1)] == [(1, 3), (1, 3), (1, 4), (1, 4)], "but for their size"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 from torch import nn
@@ -56,7 +55,7 @@ def calibrated(
         raise UnknownNameError("calibration", given, ("auto", "none", "synthetic"))
     batches = list(given) if isinstance(given, Iterator) else given  # the fits go over them again
     batches, held = (batches, []) if of_weights else parted(batches, HELD_SHARE, HELD_MOST)
-    narrow = not of_weights and all(takes_bfloat16(model, one) for one in few(islice(batches, 1), 1))
+    narrow = not of_weights and all(takes_bfloat16(model, one) for one in few(batches, 1))
     known = calibrate(model, layers.found, batches, source=source, reason=reason, narrow=narrow, progress=progress)
     return replace(known, held=held)
 

@@ -96,10 +96,10 @@ def split(batches: Iterable[Inputs], most: int) -> list[Inputs]:
 
 
 def rejoined(batches: Sequence[Inputs], most: int) -> list[Inputs]:
-    """The same examples in as few batches of so many at most as hold them; unchanged where forms differ."""
+    """The same examples in as few batches of so many at most as hold them; of other forms, in parts of those given."""
     alone = split(batches, 1)
     if not are_single(alone):
-        return list(batches)
+        return split(batches, most)
     return [joined(alone[start : start + most]) for start in range(0, len(alone), most)]
 
 

@@ -24,7 +24,7 @@ from rankfold.decompositions import Expansion, expand, is_matrix, reconstruct, w
 from rankfold.decompositions.interpolative import entries, interpolated, padded
 from rankfold.decompositions.metric import IDENTITY, Moment
 from rankfold.network.kinds import module_weight, weight_of
-from rankfold.network.passes import Inputs, examples_in, output_of
+from rankfold.network.passes import Inputs, examples_in, few, output_of
 from rankfold.network.precision import takes_bfloat16
 from rankfold.network.replay import Replay
 from rankfold.plan import LayerSpec
@@ -72,8 +72,9 @@ def priced(
     ]
     sums = [dict[float, float]() for _ in parts]
     sizes = [examples_in(batch) for batch in inputs]
+    narrow = all(takes_bfloat16(model, one) for one in few(inputs, 1))
     for number, (batch, size) in enumerate(zip(inputs, sizes, strict=True)):
-        replay = Replay(model, batch, narrow=takes_bfloat16(model, batch))
+        replay = Replay(model, batch, narrow=narrow)
         divergence = _divergence_from(output_of(replay.output), classes=classes)
         for done, (part, found) in enumerate(zip(parts, sums, strict=True)):
             progress("pricing errors", number * len(parts) + done, len(inputs) * len(parts))
