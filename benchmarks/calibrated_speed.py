@@ -70,7 +70,8 @@ def smollm2(folder: Path) -> Made:
     outside, inside = sizes(model)
     budget = {"params": int(outside + 0.8 * inside)}
     options = {"decomposition": "svd", "budget": budget, "calibration": batches}
-    return model, batches[0], options, lambda one: perplexity(one, tested).value
+    example = {name: one[:1] if isinstance(one, Tensor) else one for name, one in batches[0].items()}
+    return model, example, options, lambda one: perplexity(one, tested).value
 
 
 def conv3d(folder: Path) -> Made:

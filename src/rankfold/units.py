@@ -29,14 +29,11 @@ from rankfold.progress import Progress, silent
 from rankfold.search.candidates import at_rank_one
 from rankfold.search.curves import Curve, subset
 from rankfold.search.forms import cost_at
-from rankfold.search.network_objectives import divergences
-from rankfold.search.prices import TEMPERATURE, TRIALS, priced
+from rankfold.search.prices import TRIALS, priced
 from rankfold.search.units import MANY, UnitCurve, unit_curve
 from rankfold.search.widths import FINE, WIDTHS, Width, measure_width, units_of
 from rankfold.sharing import shared
 
-SURE = 1.3
-"""Standard errors by which divergence has to grow to count: one time in ten it does by chance."""
 EXAMPLES = 64
 """Inputs on which errors are priced, at most."""
 WORK = 2**43
@@ -170,21 +167,6 @@ def with_prices(
     except ModelError:
         pass
     return tuple(curves), tuple(widths)
-
-
-def better(model: nn.Module, before: nn.Module, after: nn.Module, batches: Sequence[Inputs]) -> bool:
-    """Whether a student is as close to the original after fits in forward order, or descent, as before, on some inputs.
-
-    What counts is the divergence of outputs, at the temperature of prices: on 62 images it tells what agreement of the
-    likeliest classes does not (DeiT-Tiny at 70 %: 8.6 points of top-1 lost, a difference of 1.2 standard errors in
-    agreement, of 8.4 in divergence). It is worse where that grows by more than `SURE` of its standard errors.
-    """
-    try:
-        had, has = divergences(model, (before, after), batches, TEMPERATURE)
-    except ModelError:
-        return True
-    gained = had - has
-    return float(gained.mean()) >= -SURE * float(gained.std(correction=0)) / len(gained) ** 0.5
 
 
 def united(curves: Sequence[Curve], widths: Sequence[Width], refused: Mapping[str, str], budget: Budget) -> list[Curve]:

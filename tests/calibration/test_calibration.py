@@ -10,9 +10,10 @@ from torch import nn
 from rankfold import DataError
 from rankfold.calibration import moments, sums
 from rankfold.calibration.moments import calibrate
+from rankfold.calibration.sums import MomentSum
 from rankfold.decompositions.metric import Moment
 from rankfold.network.finding import find_layers
-from rankfold.network.kinds import known_kind, weight_of
+from rankfold.network.kinds import known_kind, shape_of, weight_of
 
 
 def calibrated(model: nn.Module, batches: list) -> moments.Calibration:
@@ -173,6 +174,18 @@ def test_passes_end_behind_the_last_layer_that_is_measured():
     whole = calibrate(model, layers, [torch.ones(4, 6), torch.ones(3, 6), torch.ones(2, 6)], shrink=False)
     assert len(calls) == 2, "what looks for places, and the first pass, which shows that every layer is called once"
     assert {name: one.positions for name, one in whole.moments.items()} == dict.fromkeys(("query", "key", "value"), 9)
+
+
+def test_a_sum_that_layers_share_takes_its_room_once(monkeypatch: pytest.MonkeyPatch):
+    """Query, key and value read one tensor: where there is room for one sum and no second, one pass measures all."""
+    model, batch = Projections("never").eval(), torch.randn(8, 6)
+    layers = [one for one in find_layers(model, batch).found if one.name != "head"]
+    one = MomentSum(shape_of(model.get_submodule("query")), torch.device("meta")).nbytes
+    monkeypatch.setattr(moments, "share", lambda part: one)  # of sums, and of what is not kept in files
+    stages: list[str] = []
+    found = calibrate(model, layers, [batch], progress=lambda what, *_: stages.append(what))
+    assert set(stages) == {"calibrating"}
+    assert found.moments["query"].joint is found.moments["value"].joint
 
 
 def test_narrow_passes_give_nearly_the_same_moments_in_the_same_precision(small_cnn: nn.Module):

@@ -120,7 +120,7 @@ def test_blocks_are_taken_back_where_the_network_is_farther_from_the_original(mo
     model = made()
     monkeypatch.setattr(recovery, "FEWEST", 10**6)  # forward order is not judged
     plain = compressed(model, 0)
-    monkeypatch.setattr(recovery, "better", lambda *given: False)
+    monkeypatch.setattr(recovery, "is_farther", lambda *given: True)
     refused = compressed(model, 3)
     for name, tensor in plain.model.state_dict().items():
         assert torch.equal(tensor, refused.model.state_dict()[name])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -17,11 +19,11 @@ from rankfold.calibration.sums import LARGEST_MOMENT
 from rankfold.calibration.walks import Walk, walking
 from rankfold.decompositions.interpolative import by_group
 from rankfold.memory import share
-from rankfold.network.hooks import Reached, attached
+from rankfold.network.hooks import attached, first_given
 from rankfold.network.kinds import known_kind, shape_of
 from rankfold.network.narrowing import rows_of
-from rankfold.network.passes import Inputs, tensors_in
-from rankfold.network.tracing import followed
+from rankfold.network.passes import Inputs, examples_in, few
+from rankfold.network.tracing import followed, held_behind
 from rankfold.plan import LayerPlan, Plan
 
 _Stop = TypeVar("_Stop")
@@ -29,8 +31,6 @@ SHARE = 0.25
 """Part of the memory that passes may hold while they wait."""
 LARGEST_SHARE = 2**30
 """Bytes that they may hold at most."""
-HELD = 2
-"""How many times as much a pass holds, about, as the largest of the calls that it waits between takes and gives."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,11 @@ class Passes:
 
     A batch is run once, its passes waiting at every layer: at layers of large inputs and outputs only as many batches
     as memory allows, the others start later. For layers that are called more than once all are run from the start.
+    Passes are in bfloat16 if they are to be `narrow`.
     """
 
-    def __init__(self, pair: Networks, batches: Iterable[Inputs], places: list[Place]) -> None:
-        self.pair, self.batches, self.places = pair, batches, places
+    def __init__(self, pair: Networks, batches: Iterable[Inputs], places: list[Place], *, narrow: bool) -> None:
+        self.pair, self.batches, self.places, self.narrow = pair, batches, places, narrow
         self.walks: list[tuple[Walk, Walk]] = []
 
     def active(self, place: Place) -> int:
@@ -98,21 +99,34 @@ class Passes:
                     yield count, output, x
             return
         for count, batch in enumerate(self.batches):
-            given = _seen(self.pair.model, place, batch, count)
-            for (_, output), (x, _) in zip(given, _seen(self.pair.student, place, batch, count), strict=True):
+            given, own = (self._calls(one, place, batch, count) for one in (self.pair.model, self.pair.student))
+            for (_, output), (x, _) in zip(given, own, strict=True):
                 yield count, output, x
+
+    def _calls(self, model: nn.Module, place: Place, batch: Inputs, number: int) -> list[tuple[Tensor, Tensor]]:
+        """What goes into a layer and comes out of it in a pass, call by call."""
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            x = first_given(args, kwargs)
+            seen.append((x.clone(), output.clone()))  # what follows may write into them
+
+        modules = dict.fromkeys(model.get_submodule(path) for path in place.paths)
+        with attached(module.register_forward_hook(see, with_kwargs=True) for module in modules):
+            forward_batch(model, batch, number, narrow=self.narrow)
+        return seen
 
 
 @contextmanager
-def in_step(pair: Networks, batches: Iterable[Inputs]) -> Iterator[Passes]:
-    """The passes over the batches, none of them begun."""
+def in_step(pair: Networks, batches: Iterable[Inputs], *, narrow: bool = False) -> Iterator[Passes]:
+    """The passes over the batches, none of them begun; in bfloat16 if they are to be `narrow`."""
     places = _in_order(pair.model, pair.plan, batches)
-    passes = Passes(pair, batches, places)
+    passes = Passes(pair, batches, places, narrow=narrow)
     stops = {place.layer.name: number for number, place in enumerate(places) if place.calls == 1}
 
     def walks(model: nn.Module, *, outputs: bool) -> Any:
         modules = {model.get_submodule(name): number for name, number in stops.items()}
-        return walking(model, modules, lambda batch, k: forward_batch(model, batch, k), batches, outputs=outputs)
+        return walking(model, modules, partial(forward_batch, model, narrow=narrow), batches, outputs=outputs)
 
     with walks(pair.model, outputs=True) as original, walks(pair.student, outputs=False) as student:
         passes.walks = list(zip(original, student, strict=True))
@@ -124,59 +138,40 @@ def _in_order(model: nn.Module, plan: Plan, batches: Iterable[Inputs]) -> list[P
 
     Embeddings have no inputs to be fitted to, and experts may see others than the original's do: both stay as they are,
     as do matrices too wide for their moment to be kept whole. Where half the memory that passes may hold is enough for
-    the patches that are looked at, they take no more.
+    the patches that are looked at, they take no more. All is told by a pass over one example.
     """
     owners = {model.get_submodule(path): layer for layer in plan.changed for path in (layer.name, *layer.aliases)}
     apart = {layer for module, layer in owners.items() if not _is_refitted(module)}
     owners = {module: layer for module, layer in owners.items() if layer not in apart}
-    held: dict[LayerPlan, int] = {}
+    first = next(iter(batches))
+    example = few([first], 1)[0]
+    times = examples_in(first) / examples_in(example)
     needed: dict[LayerPlan, int] = {}
-    sizes = [0]
 
     def measure(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        sizes.append(sum(one.numel() * one.element_size() for one in tensors_in([*args, output])))
-        if module in owners:
-            needed[owners[module]] = batches_needed(module, output)
-            held[owners[module]] = max(held.get(owners[module], 0), *sizes)
-            sizes[:] = [0]
+        needed[owners[module]] = math.ceil(batches_needed(module, output) / times)
 
-    leaves = [module for module in model.modules() if module in owners or not any(True for _ in module.children())]
-    with attached(module.register_forward_hook(measure) for module in leaves):
-        order, followers = followed(model, owners, lambda: forward_batch(model, next(iter(batches)), 0))
+    with attached(module.register_forward_hook(measure) for module in owners):
+        order, followers = followed(model, owners, lambda: forward_batch(model, example, 0))
     calls: dict[LayerPlan, int] = {}
     for module in order:
         calls[owners[module]] = calls.get(owners[module], 0) + 1
     norms = {owners[module]: norm for module, norm in followers.items()}
-    allowed = most_waiting({layer: held.get(layer, 0) for layer in calls})
+    held = held_behind(owners, lambda: forward_batch(model, example, 0))
+    sizes = {owners[module]: math.ceil(times * size) for module, size in held.items()}
+    allowed = most_waiting({layer: sizes[layer] for layer in calls})
     fewer = {layer: min(most, max(most // 2, needed[layer])) for layer, most in allowed.items()}
     return [Place(layer, count, norms.get(layer), fewer[layer]) for layer, count in calls.items()]
 
 
 def most_waiting(sizes: Mapping[_Stop, int]) -> dict[_Stop, int]:
-    """How many passes of both networks may wait in memory at every stop, by the bytes in and out of all from there."""
+    """How many passes of both networks may wait in memory at every stop, by the bytes that one of them holds there."""
     memory, largest = share(SHARE, LARGEST_SHARE), 1
     allowed: dict[_Stop, int] = {}
     for stop in reversed(list(sizes)):
-        largest = max(largest, 2 * HELD * sizes[stop])
+        largest = max(largest, 2 * sizes[stop])
         allowed[stop] = max(1, int(memory / largest))
     return {stop: allowed[stop] for stop in sizes}
-
-
-def _seen(model: nn.Module, place: Place, batch: Inputs, number: int) -> list[tuple[Tensor, Tensor]]:
-    """What goes into the layer and comes out of it in a pass, call by call; a pass of one call ends there."""
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
-        if place.calls == 1:
-            seen.append((x, output))
-            raise Reached
-        seen.append((x.clone(), output.clone()))  # what follows may write into them
-
-    modules = dict.fromkeys(model.get_submodule(path) for path in place.paths)
-    with suppress(Reached), attached(module.register_forward_hook(see, with_kwargs=True) for module in modules):
-        forward_batch(model, batch, number)
-    return seen
 
 
 def _is_refitted(module: nn.Module) -> bool:

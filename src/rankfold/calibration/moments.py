@@ -24,9 +24,9 @@ from rankfold.calibration.sums import PRODUCT, SKETCH, MomentSum
 from rankfold.decompositions.metric import Moment
 from rankfold.errors import DataError, reason_of
 from rankfold.memory import share
-from rankfold.network.hooks import Reached, attached
+from rankfold.network.hooks import Reached, attached, first_given
 from rankfold.network.kinds import known_kind, shape_of
-from rankfold.network.passes import Inputs, arguments_of, describe_inputs, device_of, run
+from rankfold.network.passes import Inputs, arguments_of, describe_inputs, device_of, few, run
 from rankfold.network.precision import in_bfloat16
 from rankfold.plan import LayerSpec
 from rankfold.progress import Progress, silent
@@ -83,12 +83,14 @@ def calibrate(
     error, by those of half of 200 images 1.3 to 360 %. A layer that is never called is listed as missing. Raises
     DataError for batches that are empty, do not fit the model, or lead to values that are not finite.
     """
-    modules = {name: model.get_submodule(name) for layer in layers for name in (layer.name, *layer.aliases)}
-    modules = {name: module for name, module in modules.items() if not known_kind(module).lookup}
-    owners = {name: layer.name for layer in layers for name in (layer.name, *layer.aliases)}
-    parts, taken = _in_memory(modules, owners, once=isinstance(batches, Iterator))
+    owners = {model.get_submodule(name): layer.name for layer in layers for name in (layer.name, *layer.aliases)}
+    owners = {module: name for module, name in owners.items() if not known_kind(module).lookup}
+    once = isinstance(batches, Iterator)
     matrices = [layer.name for layer in layers if known_kind(model.get_submodule(layer.name)).axes == 0]
-    weights = {} if isinstance(batches, Iterator) else position_weights(model, matrices, batches)
+    weights = {} if once else position_weights(model, matrices, batches)
+    parts, taken = _in_memory(owners, {}, once=once)
+    if taken > share(SHARE) and not once:  # where there is room, nobody needs to know
+        parts, taken = _in_memory(owners, _firsts(model, owners, weights, batches), once=once)
     moments: Stored | dict[str, Moment] = Stored() if taken > share(SHARE) else {}
     approximate: dict[str, str] = {}
     for number, part in enumerate(parts):
@@ -100,37 +102,79 @@ def calibrate(
             moments.update(dict.fromkeys(names, moment))
             if moment.joint is None:
                 approximate |= dict.fromkeys(names, SKETCH if moment.rows is not None else PRODUCT)
-    multiplied = {owners[name] for name in modules}
     missing = {
         layer.name: "never called on the calibration inputs"
-        if layer.name in multiplied
+        if layer.name in owners.values()
         else "it reads rows, and has no inputs"
         for layer in layers
         if layer.name not in moments
     }
-    kept = () if isinstance(batches, Iterator) else batches
+    kept = () if once else batches
     return Calibration(moments, missing, count, source, reason, samples, kept, (), approximate, weights, narrow)
 
 
 def _in_memory(
-    modules: Mapping[str, nn.Module], owners: Mapping[str, str], *, once: bool
+    owners: Mapping[nn.Module, str], firsts: Mapping[str, str], *, once: bool
 ) -> tuple[list[dict[nn.Module, str]], int]:
     """The modules, with the layers that they are of, in parts whose sums fit into memory; all in one if asked for.
 
-    Then the bytes of all sums.
+    Then the bytes of all sums. Layers have the sum of the one that is their first.
     """
     room, taken, sizes = share(SUMS), 0, dict[str, int]()
     parts: list[dict[nn.Module, str]] = [{}]
-    for name, module in modules.items():
-        layer = owners[name]
-        if layer not in sizes:
-            sizes[layer] = MomentSum(shape_of(module), torch.device("meta")).nbytes
-            taken += sizes[layer]
+    for module, layer in owners.items():
+        first = firsts.get(layer, layer)
+        if first not in sizes:
+            sizes[first] = MomentSum(shape_of(module), torch.device("meta")).nbytes
+            taken += sizes[first]
             if taken > room and parts[-1] and not once:
                 parts.append({})
-                taken = sizes[layer]
+                taken = sizes[first]
         parts[-1][module] = layer
     return parts, sum(sizes.values())
+
+
+def _firsts(
+    model: nn.Module, owners: Mapping[nn.Module, str], weights: Mapping[str, Tensor], batches: Iterable[Inputs]
+) -> dict[str, str]:
+    """For matrices that read the very same tensor in turn the first of them, as a pass over one example tells."""
+    readers, firsts = _Readers(), dict[str, str]()
+
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        firsts.setdefault(owners[module], readers.first_of(owners[module], first_given(args, kwargs)))
+
+    matrices = [module for module, name in owners.items() if _may_share(module, name, weights)]
+    example = few(batches, 1)
+    if example and len(matrices) > 1:
+        with attached(one.register_forward_hook(see, with_kwargs=True) for one in matrices):
+            forward_batch(model, example[0], 0)
+    return firsts
+
+
+def _may_share(module: nn.Module, name: str, weights: Mapping[str, Tensor]) -> bool:
+    """Whether a layer may have one sum with others: where it is a matrix, and all places count alike."""
+    kind = known_kind(module)
+    return kind.axes == 0 and not kind.stacked and name not in weights
+
+
+class _Readers:
+    """Tells of layers that read one tensor in turn, as query, key and value do."""
+
+    def __init__(self) -> None:
+        self._last: tuple[str, Tensor, int] | None = None
+
+    def first_of(self, name: str, x: Tensor) -> str:
+        """The layer that was the first to read a tensor that this one reads, without another in between."""
+        if x.is_inference():  # it does not say whether it was written to
+            return name
+        version = x._version
+        if self._last is None or self._last[1] is not x or self._last[2] != version:
+            self._last = (name, x, version)
+        return self._last[0]
+
+    def passed(self) -> None:
+        """Forgets the tensor, once the pass that it was in is over."""
+        self._last = None
 
 
 def _measured(
@@ -171,8 +215,8 @@ def _watched(
     with watch.hooked():
         for batch in batches:
             progress(count, max(count_of(batches), count + 1))
-            with suppress(Reached), in_bfloat16(device_of(model), enabled=narrow):
-                forward_batch(model, batch, count)
+            with suppress(Reached):
+                forward_batch(model, batch, count, narrow=narrow)
             watch.passed()
             count += 1
             samples += _examples(batch)
@@ -200,7 +244,7 @@ class _Watch:
         self.own: dict[str, bool] = {}
         self.firsts: dict[str, str] = {}
         self._calls: dict[str, int] = {}
-        self._last: tuple[str, Tensor, int] | None = None
+        self._readers = _Readers()
         self._passes, self._once = 0, False
 
     @contextmanager
@@ -213,7 +257,7 @@ class _Watch:
         """What there is to do after every pass."""
         self._passes += 1
         self._once = set(self._calls.values()) == {self._passes} and len(self._calls) == len(self.owners)
-        self._last = None
+        self._readers.passed()
         if any(self._calls[name] != self._calls[first] for name, first in self.firsts.items()):
             raise _Apart
 
@@ -228,11 +272,11 @@ class _Watch:
             yield [name for name, other in self.firsts.items() if other == first], moment.shrunk() if shrink else moment
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        name, kind, x = self.owners[module], known_kind(module), args[0] if args else next(iter(kwargs.values()))
+        name, kind, x = self.owners[module], known_kind(module), first_given(args, kwargs)
         number = self._calls.get(name, 0)
         self._calls[name] = number + 1
-        alike = kind.axes == 0 and not kind.stacked and name not in self.weights
-        first = self._first_of(name, x) if self.shared and alike else name
+        shares = self.shared and _may_share(module, name, self.weights)
+        first = self._readers.first_of(name, x) if shares else name
         if self.firsts.setdefault(name, first) != first:
             raise _Apart
         if first == name:
@@ -248,20 +292,15 @@ class _Watch:
         if self._once and set(self._calls.values()) == {number + 1}:
             raise Reached
 
-    def _first_of(self, name: str, x: Tensor) -> str:
-        """The layer whose sum a matrix's inputs go to: the first of those that read one tensor in turn."""
-        if x.is_inference():  # it does not say whether it was written to
-            return name
-        version = x._version
-        if self._last is None or self._last[1] is not x or self._last[2] != version:
-            self._last = (name, x, version)
-        return self._last[0]
 
+def forward_batch(model: nn.Module, batch: Inputs, number: int, *, narrow: bool = False) -> None:
+    """Runs the model on a batch, for what hooks see, in bfloat16 if it is to be `narrow`.
 
-def forward_batch(model: nn.Module, batch: Inputs, number: int) -> None:
-    """Runs the model on a batch, for what hooks see; raises DataError where the batch does not fit it."""
+    Raises DataError where the batch does not fit the model.
+    """
     try:
-        run(model, batch)
+        with in_bfloat16(device_of(model), enabled=narrow):
+            run(model, batch)
     except Exception as error:
         raise DataError(
             f"calibration batch {number}, {describe_inputs(batch)}, does not fit the model: {reason_of(error)}"

@@ -15,6 +15,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +42,8 @@ MOMENTA = (0.9, 0.99)
 """Adam's weights of past gradients and squares."""
 BATCH = 20
 """Inputs in a step, at most, unless said otherwise."""
+HELD = 2
+"""How many times as much a pass that waits at a block holds, about, as the block takes and gives."""
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a module is called with, by position and by name."""
@@ -118,7 +121,7 @@ def refine_(
     kept = _Kept.opened(refining, plan, both)
     theirs, own = _walks(model, ends, both), _walks(student, blocks, both, arguments=True)
     with evaluating(model), evaluating(student), theirs as originals, own as walks:
-        for place, (name, most) in enumerate(most_waiting(blocks).items()):
+        for place, (name, most) in enumerate(most_waiting({one: HELD * size for one, size in blocks.items()}).items()):
             progress("refining blocks", place, len(blocks))
             pairs = list(zip(originals, walks, strict=True))[: max(most, len(judged) + 1)]
             calls = [(theirs_at.to(place), walk.to(place)) for theirs_at, walk in pairs]
@@ -147,8 +150,7 @@ def _whole(model: nn.Module, name: str, norm: str | None) -> nn.Module:
 def _walks(model: nn.Module, blocks: Mapping[str, int], batches: Sequence[Inputs], *, arguments: bool = False) -> Any:
     """Walks that stop at what goes into the blocks, or comes out of them."""
     stops = {model.get_submodule(name): place for place, name in enumerate(blocks)}
-    forward = lambda batch, number: forward_batch(model, batch, number)  # noqa: E731
-    return walking(model, stops, forward, batches, outputs=not arguments, arguments=arguments)
+    return walking(model, stops, partial(forward_batch, model), batches, outputs=not arguments, arguments=arguments)
 
 
 @torch.no_grad()

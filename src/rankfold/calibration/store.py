@@ -1,4 +1,4 @@
-"""Moments that are not in memory: each in a file that is read when it is used, or made of another at that time."""
+"""What is not kept in memory: tensors in files, and moments that are read, or made of others, when they are used."""
 
 from __future__ import annotations
 
@@ -16,11 +16,35 @@ from rankfold.decompositions.metric import Moment
 from rankfold.errors import ArtifactError
 
 
+class TensorFiles:
+    """Tensors in files of a folder that goes with the last reference; `what` they are names it."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._folder = what, tempfile.TemporaryDirectory(prefix=f"rankfold-{what}-")
+
+    def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Writes a file of tensors; raises ArtifactError where there is no room for them."""
+        try:
+            save_file({one: tensor.contiguous() for one, tensor in tensors.items()}, self._path(name))
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(
+                f"{self._what} cannot be written to {self._folder.name} ({error}); set TMPDIR to a folder with room, "
+                "or allow more memory"
+            ) from error
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a file."""
+        return load_file(self._path(name))
+
+    def _path(self, name: str) -> Path:
+        return Path(self._folder.name) / f"{name}.safetensors"
+
+
 class Stored(Mapping[str, Moment]):
-    """Moments in files of a folder that goes with the last reference; the one that was read last stays at hand."""
+    """Moments in files; the one that was read last stays at hand."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="rankfold-moments-")
+        self._kept = TensorFiles("moments")
         self._files: dict[str, str] = {}
         self._rest: dict[str, Moment] = {}
         self._last: tuple[str, Moment] = ("", Moment())
@@ -36,7 +60,7 @@ class Stored(Mapping[str, Moment]):
     def __getitem__(self, name: str) -> Moment:
         file = self._files[name]
         if self._last[0] != file:
-            self._last = (file, replace(self._rest[file], **cast(Any, load_file(self._path(file)))))
+            self._last = (file, replace(self._rest[file], **cast(Any, self._kept.read(file))))
         return self._last[1]
 
     def __iter__(self) -> Iterator[str]:
@@ -46,19 +70,10 @@ class Stored(Mapping[str, Moment]):
         return len(self._files)
 
     def _written(self, moment: Moment) -> str:
-        file, tensors = f"{len(self._rest)}.safetensors", _tensors(moment)
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, self._path(file))
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(
-                f"moments cannot be written to {self._folder.name} ({error}); set TMPDIR to a folder with room, or "
-                "allow more memory"
-            ) from error
+        file, tensors = str(len(self._rest)), _tensors(moment)
+        self._kept.write(file, tensors)
         self._rest[file] = replace(moment, **cast(Any, dict.fromkeys(tensors)))
         return file
-
-    def _path(self, file: str) -> Path:
-        return Path(self._folder.name) / file
 
 
 class Changed(Mapping[str, Moment]):

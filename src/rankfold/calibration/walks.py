@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rankfold.network.hooks import attached
+from rankfold.network.hooks import attached, first_given
 from rankfold.network.passes import Inputs
 
 
@@ -114,7 +114,7 @@ def walking(
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             walk = _walks.get(threading.get_ident())
             if walk is not None:
-                walk.stop(place, (args, kwargs) if arguments else args[0] if args else next(iter(kwargs.values())))
+                walk.stop(place, (args, kwargs) if arguments else first_given(args, kwargs))
 
         return see
 

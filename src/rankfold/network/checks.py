@@ -10,7 +10,7 @@ from torch import nn
 from rankfold.errors import ModelError
 from rankfold.network.copies import duplicate
 from rankfold.network.passes import Inputs, run
-from rankfold.network.tracing import Readings, holds_statistics
+from rankfold.network.tracing import Operands, holds_statistics
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def check_copies(model: nn.Module, inputs: Inputs) -> None:
         return
     copied, kept = duplicate(model), {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     original: list[int] = []
-    with Readings(lambda tensor: original.append(id(tensor)) if id(tensor) in kept else None):
+    with Operands(read=lambda tensor: original.append(id(tensor)) if id(tensor) in kept else None):
         run(copied, inputs)
     if original:
         raise ModelError(

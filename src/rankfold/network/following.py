@@ -13,6 +13,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rankfold.network.hooks import first_given
 from rankfold.network.kinds import kind_of, known_kind, shape_of
 from rankfold.network.operators import BINARY, ELEMENTWISE, POOLS, is_entrywise, moved, reduced, reshaped
 from rankfold.network.passes import tensors_in
@@ -106,7 +107,7 @@ class Following(TorchDispatchMode):
     def _read(self, name: str) -> Any:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.inside += 1
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = first_given(args, kwargs)
             tag = self.tag_of(x)
             if tag is None:
                 return
@@ -135,7 +136,7 @@ class Following(TorchDispatchMode):
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.inside += 1
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = first_given(args, kwargs)
             tag = self.tag_of(x)
             axis = x.ndim - 1 - known_kind(module).axes if kind_of(module) is not None else min(1, x.ndim - 1)
             if tag is not None and (tag.axis != axis or tag.inner > 1):

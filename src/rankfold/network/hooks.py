@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 
@@ -17,6 +18,11 @@ def attached(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in held:
             handle.remove()
+
+
+def first_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What goes into a module that is called with these, by position or by name: the first of them."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 class Reached(BaseException):

@@ -1,7 +1,7 @@
 """Tracing: what a pass does with layers, found by running it and not by names.
 
-Which layers are called, and with what sizes; which modules read a weight past its layer; and which batch norm takes all
-that a layer gives.
+Which layers are called, and with what sizes; which modules read a weight past its layer; which batch norm takes all
+that a layer gives; and how much a pass holds behind each.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankfold.decompositions.wiring import Call
 from rankfold.network.costs import unfused
-from rankfold.network.hooks import attached
+from rankfold.network.hooks import attached, first_given
 from rankfold.network.kinds import known_kind
 from rankfold.network.passes import Inputs, run, tensors_in
 from rankfold.network.stand_ins.recurrent import Recurrent
@@ -43,7 +44,7 @@ def uses(model: nn.Module, inputs: Inputs, layers: Sequence[nn.Module]) -> Uses:
     readers: dict[nn.Module, str] = {}
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        calls[module].append(_call(module, args[0] if args else next(iter(kwargs.values())), output))
+        calls[module].append(_call(module, first_given(args, kwargs), output))
 
     def read(tensor: Tensor, running: Sequence[nn.Module]) -> None:
         if running and isinstance(running[-1], Recurrent):
@@ -102,6 +103,24 @@ def followed(
     return order, followers
 
 
+def held_behind(modules: Iterable[nn.Module], forward: Callable[[], object]) -> dict[nn.Module, int]:
+    """Bytes of what a pass has made that it holds once some modules were called, the most of all their calls."""
+    made: dict[int, tuple[StorageWeakRef, int]] = {}
+    held: dict[nn.Module, int] = {}
+
+    def note(storage: UntypedStorage) -> None:
+        made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+
+    def weigh(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for gone in [key for key, (storage, _) in made.items() if storage.expired()]:
+            del made[gone]
+        held[module] = max(held.get(module, 0), sum(size for _, size in made.values()))
+
+    with Operands(made=note), attached(module.register_forward_hook(weigh) for module in modules):
+        forward()
+    return held
+
+
 def holds_statistics(module: nn.Module) -> bool:
     """Whether a module is a batch norm with a mean and variance of its own, and not of every batch."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
@@ -154,23 +173,32 @@ def _operators(model: nn.Module, read: Callable[[Tensor, Sequence[nn.Module]], N
     for module in model.modules():
         hooks.append(module.register_forward_pre_hook(enter))
         hooks.append(module.register_forward_hook(leave, always_call=True))
-    with attached(hooks), Readings(lambda tensor: read(tensor, running)):
+    with attached(hooks), Operands(read=lambda tensor: read(tensor, running)):
         yield
 
 
-class Readings(TorchDispatchMode):
-    """Calls a function with every tensor that an operator takes."""
+class Operands(TorchDispatchMode):
+    """Calls functions with every tensor that an operator takes, and with the memory that it makes for what it gives."""
 
-    def __init__(self, read: Callable[[Tensor], None]) -> None:
+    def __init__(
+        self, *, read: Callable[[Tensor], None] | None = None, made: Callable[[UntypedStorage], None] | None = None
+    ) -> None:
         super().__init__()
-        self.read = read
+        self.read, self.made = read, made
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # see `costs`
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.name().startswith(_TEMPLATES):
-            for tensor in tensors_in([*args, *(kwargs or {}).values()]):
+        taken = tensors_in([*args, *(kwargs or {}).values()])
+        if self.read is not None and not func.name().startswith(_TEMPLATES):
+            for tensor in taken:
                 self.read(tensor)
-        return func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
+        if self.made is not None:
+            known = {tensor.untyped_storage()._cdata for tensor in taken}
+            for storage in (tensor.untyped_storage() for tensor in tensors_in(output)):
+                if storage._cdata not in known:
+                    self.made(storage)
+        return output

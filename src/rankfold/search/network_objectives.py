@@ -22,9 +22,12 @@ from rankfold.network.passes import (
     Inputs,
     describe_inputs,
     evaluating,
+    examples_in,
+    few,
     output_of,
     run,
     run_with,
+    split,
     tensors_in,
 )
 from rankfold.search.curves import Curve
@@ -177,20 +180,27 @@ def class_axis(output: Tensor) -> int:
 
 
 def divergences(
-    model: nn.Module, students: Sequence[nn.Module], batches: Iterable[Inputs], temperature: float
-) -> Float[Tensor, "students rows"]:
-    """How far students' outputs are from the original's on some batches, row by row.
+    model: nn.Module, student: nn.Module, batches: Iterable[Inputs], temperature: float
+) -> Float[Tensor, " rows"]:
+    """How far a student's outputs are from the original's on some batches, row by row.
 
     Of outputs over classes the Kullback-Leibler divergence of their softmax at `temperature`, of others the squared
     error of an example, relative to the mean energy of the original's. Raises ModelError where the two cannot be
     compared.
     """
     errors, energies = [], []
-    for batch in batches:
+    for batch in _in_parts(model, list(batches)):
         original = torch.atleast_1d(output_of(run(model, batch)))
-        errors.append(torch.stack([_errors(run(student, batch), original, temperature) for student in students]))
+        errors.append(_errors(run(student, batch), original, temperature))
         energies.append(_energies(original))
-    return (torch.cat(errors, 1) / torch.cat(energies).mean().clamp_min(1e-30)).double().cpu()
+    return (torch.cat(errors) / torch.cat(energies).mean().clamp_min(1e-30)).double().cpu()
+
+
+def _in_parts(model: nn.Module, batches: Sequence[Inputs]) -> list[Inputs]:
+    """Batches as they are, or in parts of so few examples that what the model gives for one is `IN_PART` numbers."""
+    first = few(batches, 1)
+    given = sum(output_of(run(model, one)).numel() / examples_in(one) for one in first)
+    return split(batches, max(1, int(IN_PART / max(given, 1))))
 
 
 def _errors(output: Any, original: Tensor, temperature: float) -> Float[Tensor, " rows"]:
