@@ -14,6 +14,7 @@ from rankfold.calibration.moments import Calibration
 from rankfold.calibration.refining import Refining, refine_
 from rankfold.calibration.store import TensorFiles
 from rankfold.errors import DataError, ModelError
+from rankfold.memory import trim
 from rankfold.network.costs import storage_key
 from rankfold.network.passes import Inputs, device_of, examples_in
 from rankfold.network.precision import in_bfloat16
@@ -158,9 +159,12 @@ class Attempt:
         return True
 
     def _distances(self) -> Tensor | None:
+        found = None
+        trim()
         with suppress(ModelError), in_bfloat16(device_of(self._model), enabled=self._narrow):
-            return divergences(self._model, self._student, self._batches, TEMPERATURE)
-        return None
+            found = divergences(self._model, self._student, self._batches, TEMPERATURE)
+        trim()
+        return found
 
 
 def is_farther(had: Tensor, has: Tensor) -> bool:

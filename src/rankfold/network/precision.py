@@ -21,8 +21,12 @@ def multiplies_bfloat16(device: torch.device | None) -> bool:
 
 
 def in_bfloat16(device: torch.device | None, *, enabled: bool) -> torch.autocast:
-    """Passes with products in bfloat16, of weights and activations that are in float32, where that is `enabled`."""
-    return torch.autocast(device.type if device is not None else "cpu", torch.bfloat16, enabled=enabled)
+    """Passes with products in bfloat16, of weights and activations that are in float32, where that is `enabled`.
+
+    Weights are narrowed whenever they are used, so that no second network is kept.
+    """
+    kind = device.type if device is not None else "cpu"
+    return torch.autocast(kind, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 def takes_bfloat16(model: nn.Module, inputs: Inputs) -> bool:

@@ -33,7 +33,7 @@ from rankfold.network.passes import (
 from rankfold.search.curves import Curve
 from rankfold.search.objective import Objective
 
-IN_PART = 2**22
+IN_PART = 2**20
 """Logits that are compared at once, about: what is in between takes several times their room."""
 
 
