@@ -44,10 +44,7 @@ def test_saved_and_loaded(name: str, calibration: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["swiglu", "geglu", "flattened", "transposed"])
 def test_forward_order_helps(name: str) -> None:
-    """Where no batch norm follows, whose variance is kept up at the price of a larger error; else it is taken back.
-
-    Errors here are as small as what rounds passes in bfloat16, so nothing may be gained.
-    """
+    """Where no batch norm follows, whose variance is kept up at the price of a larger error; else it is taken back."""
     model, _ = built(name)
     x = BLOCKS[name][1](400)
     ordered, apart = (
@@ -57,7 +54,7 @@ def test_forward_order_helps(name: str) -> None:
         for sequential in (True, False)
     )
     with torch.no_grad():
-        assert distance(ordered(x), model(x)) <= 1.01 * distance(apart(x), model(x))
+        assert distance(ordered(x), model(x)) <= 1.001 * distance(apart(x), model(x))
 
 
 def test_inputs_tell_what_to_keep() -> None:

@@ -16,8 +16,7 @@ from rankfold.calibration.store import TensorFiles
 from rankfold.errors import DataError, ModelError
 from rankfold.memory import trim
 from rankfold.network.costs import storage_key
-from rankfold.network.passes import Inputs, device_of, examples_in
-from rankfold.network.precision import in_bfloat16
+from rankfold.network.passes import Inputs, examples_in
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
 from rankfold.search.network_objectives import divergences
@@ -78,7 +77,7 @@ class Recovery:
         if plan.narrowings and few:
             return student, apart
         judged = [] if few else known.held or list(known.inputs)
-        attempt = Attempt(student, model, judged, narrow=known.narrow) if judged else None
+        attempt = Attempt(student, model, judged) if judged else None
         plan = refit_(
             student,
             model,
@@ -86,7 +85,6 @@ class Recovery:
             known.inputs,
             moments=known.moments,
             weights=known.weights,
-            narrow=known.narrow,
             progress=progress,
         )
         return student, apart if attempt is not None and attempt.taken_back() else plan
@@ -97,7 +95,7 @@ class Recovery:
         """A student whose blocks were refined, with what became of them, or as it was where that did harm."""
         if not self.refining.epochs:
             return student, plan
-        attempt = Attempt(student, model, known.held, narrow=known.narrow)
+        attempt = Attempt(student, model, known.held)
         inputs = with_copies(known.inputs, self.refining.copies)
         found = refine_(student, model, plan, inputs, known.held, refining=self.refining, progress=progress)
         blocks = {one.name: [one.before, one.after] for one in found}
@@ -136,13 +134,11 @@ class Recovery:
 class Attempt:
     """A student before something is done to it, and how far its outputs are from the original's on some inputs.
 
-    Its tensors are kept in files, so that it can be as it was. Passes are in bfloat16 if they are to be `narrow`.
+    Its tensors are kept in files, so that it can be as it was.
     """
 
-    def __init__(
-        self, student: nn.Module, model: nn.Module, batches: Sequence[Inputs], *, narrow: bool = False
-    ) -> None:
-        self._student, self._model, self._batches, self._narrow = student, model, batches, narrow
+    def __init__(self, student: nn.Module, model: nn.Module, batches: Sequence[Inputs]) -> None:
+        self._student, self._model, self._batches = student, model, batches
         self._files, tensors = TensorFiles("weights"), student.state_dict().values()
         self._tensors = list({storage_key(one): one for one in tensors if one.is_floating_point()}.values())
         for number, tensor in enumerate(self._tensors):
@@ -161,7 +157,7 @@ class Attempt:
     def _distances(self) -> Tensor | None:
         found = None
         trim()
-        with suppress(ModelError), in_bfloat16(device_of(self._model), enabled=self._narrow):
+        with suppress(ModelError):
             found = divergences(self._model, self._student, self._batches, TEMPERATURE)
         trim()
         return found

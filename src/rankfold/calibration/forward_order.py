@@ -59,7 +59,6 @@ def refit_(
     *,
     moments: Mapping[str, Moment] | None = None,
     weights: Mapping[str, Tensor] | None = None,
-    narrow: bool = False,
     progress: Progress = silent,
 ) -> Plan:
     """Fits the student's factors in forward order, in place, and returns the plan with the errors they now have.
@@ -67,13 +66,12 @@ def refit_(
     `student` is the model as `apply_plan` compressed it; `batches` are run once by both, layer by layer. Biases and
     batch norms that follow a layer get the mean and variance its outputs lost; those of a layer that is called more
     than once in a pass stay. `moments` are the metric of the plan's errors, `weights` those of the places of layers'
-    outputs (`rankfold.calibration.positions`). Passes, but not the sums, are in bfloat16 if they are to be `narrow`.
-    Raises DataError for batches that do not fit the model.
+    outputs (`rankfold.calibration.positions`). Raises DataError for batches that do not fit the model.
     """
     place_of_ridge = len(RIDGES) // 2
     skeleton = narrow_(sharing(model), plan.narrowings) if plan.narrowings else model
     pair = Networks(model, student, skeleton, plan)
-    with evaluating(model), evaluating(student), in_step(pair, batches, narrow=narrow) as passes:
+    with evaluating(model), evaluating(student), in_step(pair, batches) as passes:
         for done, place in enumerate(passes.places):
             progress("fitting in forward order", done, len(passes.places))
             halves = _collected(pair, place, passes.seen(place), passes.active(place), weights or {})

@@ -78,11 +78,10 @@ class Passes:
 
     A batch is run once, its passes waiting at every layer: at layers of large inputs and outputs only as many batches
     as memory allows, the others start later. For layers that are called more than once all are run from the start.
-    Passes are in bfloat16 if they are to be `narrow`.
     """
 
-    def __init__(self, pair: Networks, batches: Iterable[Inputs], places: list[Place], *, narrow: bool) -> None:
-        self.pair, self.batches, self.places, self.narrow = pair, batches, places, narrow
+    def __init__(self, pair: Networks, batches: Iterable[Inputs], places: list[Place]) -> None:
+        self.pair, self.batches, self.places = pair, batches, places
         self.walks: list[tuple[Walk, Walk]] = []
 
     def active(self, place: Place) -> int:
@@ -113,20 +112,20 @@ class Passes:
 
         modules = dict.fromkeys(model.get_submodule(path) for path in place.paths)
         with attached(module.register_forward_hook(see, with_kwargs=True) for module in modules):
-            forward_batch(model, batch, number, narrow=self.narrow)
+            forward_batch(model, batch, number)
         return seen
 
 
 @contextmanager
-def in_step(pair: Networks, batches: Iterable[Inputs], *, narrow: bool = False) -> Iterator[Passes]:
-    """The passes over the batches, none of them begun; in bfloat16 if they are to be `narrow`."""
+def in_step(pair: Networks, batches: Iterable[Inputs]) -> Iterator[Passes]:
+    """The passes over the batches, none of them begun."""
     places = _in_order(pair.model, pair.plan, batches)
-    passes = Passes(pair, batches, places, narrow=narrow)
+    passes = Passes(pair, batches, places)
     stops = {place.layer.name: number for number, place in enumerate(places) if place.calls == 1}
 
     def walks(model: nn.Module, *, outputs: bool) -> Any:
         modules = {model.get_submodule(name): number for name, number in stops.items()}
-        return walking(model, modules, partial(forward_batch, model, narrow=narrow), batches, outputs=outputs)
+        return walking(model, modules, partial(forward_batch, model), batches, outputs=outputs)
 
     with walks(pair.model, outputs=True) as original, walks(pair.student, outputs=False) as student:
         passes.walks = list(zip(original, student, strict=True))
