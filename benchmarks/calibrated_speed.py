@@ -65,13 +65,13 @@ def smollm2(folder: Path) -> Made:
     from units import language, sizes
 
     from rankfold.evaluation import perplexity
+    from rankfold.network.passes import few
 
     model, batches, tested = language(folder / "smollm2", folder / "wikitext2", 64)
     outside, inside = sizes(model)
     budget = {"params": int(outside + 0.8 * inside)}
     options = {"decomposition": "svd", "budget": budget, "calibration": batches}
-    example = {name: one[:1] if isinstance(one, Tensor) else one for name, one in batches[0].items()}
-    return model, example, options, lambda one: perplexity(one, tested).value
+    return model, few(batches, 1)[0], options, lambda one: perplexity(one, tested).value
 
 
 def conv3d(folder: Path) -> Made:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -213,6 +214,11 @@ def test_tied_tensors_and_outputs_that_cannot_be_compared_are_no_obstacle() -> N
     student[1].weight = student[0].weight
     attempt = Attempt(student, nn.Linear(4, 3), [torch.randn(2, 4)])
     assert not attempt.taken_back()
+    before, attempt = student[1].weight.detach().clone(), Attempt(student, copy.deepcopy(student), [torch.randn(8, 4)])
+    with torch.no_grad():
+        student[0].weight += 1
+    assert attempt.taken_back()
+    assert torch.equal(student[1].weight, before)
 
 
 def test_inputs_are_held_back_in_part() -> None:

@@ -77,17 +77,11 @@ class Recovery:
         if plan.narrowings and few:
             return student, apart
         judged = [] if few else known.held or list(known.inputs)
-        attempt = Attempt(student, model, judged) if judged else None
+        attempt = Attempt(student, model, judged)
         plan = refit_(
-            student,
-            model,
-            plan,
-            known.inputs,
-            moments=known.moments,
-            weights=known.weights,
-            progress=progress,
+            student, model, plan, known.inputs, moments=known.moments, weights=known.weights, progress=progress
         )
-        return student, apart if attempt is not None and attempt.taken_back() else plan
+        return student, apart if attempt.taken_back() else plan
 
     def _refined(
         self, student: nn.Module, model: nn.Module, plan: Plan, known: Calibration, progress: Progress
@@ -134,27 +128,30 @@ class Recovery:
 class Attempt:
     """A student before something is done to it, and how far its outputs are from the original's on some inputs.
 
-    Its tensors are kept in files, so that it can be as it was.
+    Its tensors are kept in files, so that it can be as it was; without inputs, or where outputs cannot be compared,
+    nothing is kept, and nothing taken back.
     """
 
     def __init__(self, student: nn.Module, model: nn.Module, batches: Sequence[Inputs]) -> None:
         self._student, self._model, self._batches = student, model, batches
-        self._files, tensors = TensorFiles("weights"), student.state_dict().values()
+        self._had = self._distances()
+        self._files = TensorFiles("weights")
+        tensors = () if self._had is None else student.state_dict().values()
         self._tensors = list({storage_key(one): one for one in tensors if one.is_floating_point()}.values())
         for number, tensor in enumerate(self._tensors):
             self._files.write(str(number), {"": tensor})
-        self._had = self._distances()
 
     def taken_back(self) -> bool:
         """Whether the outputs are farther from the original's by now, and the student is therefore as it was."""
-        has = self._distances()
-        if self._had is None or has is None or not is_farther(self._had, has):
+        if self._had is None or (has := self._distances()) is None or not is_farther(self._had, has):
             return False
         for number, tensor in enumerate(self._tensors):
             tensor.copy_(self._files.read(str(number))[""])
         return True
 
     def _distances(self) -> Tensor | None:
+        if not self._batches:
+            return None
         found = None
         trim()
         with suppress(ModelError):

@@ -107,6 +107,12 @@ def test_a_block_that_gains_nothing_on_held_inputs_stays_as_it_was() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
 
 
+def test_nothing_is_refined_where_no_inputs_are_held_back() -> None:
+    """There are too few of them, and nothing tells whether descent helps."""
+    result = compress(made(), inputs(0)[:1], budget=Budget(params=0.6), calibration=[inputs(0)[:5]], refine=2)
+    assert result.plan.settings["refined_blocks"] == {}
+
+
 def test_inputs_that_wait_in_memory_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     import rankfold.calibration.in_step as in_step
 

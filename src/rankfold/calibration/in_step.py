@@ -98,22 +98,9 @@ class Passes:
                     yield count, output, x
             return
         for count, batch in enumerate(self.batches):
-            given, own = (self._calls(one, place, batch, count) for one in (self.pair.model, self.pair.student))
+            given, own = (_calls(one, place, batch, count) for one in (self.pair.model, self.pair.student))
             for (_, output), (x, _) in zip(given, own, strict=True):
                 yield count, output, x
-
-    def _calls(self, model: nn.Module, place: Place, batch: Inputs, number: int) -> list[tuple[Tensor, Tensor]]:
-        """What goes into a layer and comes out of it in a pass, call by call."""
-        seen: list[tuple[Tensor, Tensor]] = []
-
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            x = first_given(args, kwargs)
-            seen.append((x.clone(), output.clone()))  # what follows may write into them
-
-        modules = dict.fromkeys(model.get_submodule(path) for path in place.paths)
-        with attached(module.register_forward_hook(see, with_kwargs=True) for module in modules):
-            forward_batch(model, batch, number)
-        return seen
 
 
 @contextmanager
@@ -171,6 +158,20 @@ def most_waiting(sizes: Mapping[_Stop, int]) -> dict[_Stop, int]:
         largest = max(largest, 2 * sizes[stop])
         allowed[stop] = max(1, int(memory / largest))
     return {stop: allowed[stop] for stop in sizes}
+
+
+def _calls(model: nn.Module, place: Place, batch: Inputs, number: int) -> list[tuple[Tensor, Tensor]]:
+    """What goes into a layer and comes out of it in a pass, call by call."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        x = first_given(args, kwargs)
+        seen.append((x.clone(), output.clone()))  # what follows may write into them
+
+    modules = dict.fromkeys(model.get_submodule(path) for path in place.paths)
+    with attached(module.register_forward_hook(see, with_kwargs=True) for module in modules):
+        forward_batch(model, batch, number)
+    return seen
 
 
 def _is_refitted(module: nn.Module) -> bool:

@@ -197,7 +197,7 @@ def divergences(
 
 
 def _in_parts(model: nn.Module, batches: Sequence[Inputs]) -> list[Inputs]:
-    """Batches as they are, or in parts of so few examples that what the model gives for one is `IN_PART` numbers."""
+    """Batches as they are, or in parts for which the model gives `IN_PART` numbers at most, or one example's."""
     first = few(batches, 1)
     given = sum(output_of(run(model, one)).numel() / examples_in(one) for one in first)
     return split(batches, max(1, int(IN_PART / max(given, 1))))
