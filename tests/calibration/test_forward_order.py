@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -220,3 +221,61 @@ def test_moments_that_rounding_makes_indefinite_are_regressed_on_in_double(monke
     cross = weight @ square
     found = forward_order._regressed(weight, square, cross, 1e-9)
     assert torch.allclose(found @ square, cross, rtol=1e-3, atol=1e-3 * float(cross.abs().max()))
+
+
+class Blocks(nn.Module):
+    """Two blocks of a stream: a norm, and two layers of which the second one's outputs are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.start = nn.Linear(12, 12)
+        self.norms = nn.ModuleList(nn.LayerNorm(12) for _ in range(2))
+        self.opening, self.closing = (
+            nn.ModuleList(nn.Linear(*sides) for _ in range(2)) for sides in ((12, 24), (24, 12))
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        stream = self.start(x)
+        for norm, opening, closing in zip(self.norms, self.opening, self.closing, strict=True):
+            stream = stream + closing(torch.relu(opening(norm(stream))))
+        return stream
+
+
+def seen_of(model: nn.Module, name: str, x: torch.Tensor) -> torch.Tensor:
+    """What goes into a module, one row for each place."""
+    seen: list[torch.Tensor] = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(x)
+    hook.remove()
+    return seen[0].flatten(0, -2)
+
+
+def test_what_joins_a_stream_makes_up_for_what_it_lacks():
+    """What the last sum still lacks is no linear function of what its layer is given, which the plan leaves dense."""
+    model, x = Blocks().eval(), smooth(300, (5, 12), 1)
+    plan = planned(model, x, budget=0.5)
+    whole = {"closing.0", "closing.1"}
+    plan = plan.with_layers(
+        tuple(
+            replace(one, decomposition=None, ranks=(), after=one.before) if one.name in whole else one
+            for one in plan.layers
+        )
+    )
+    assert {"opening.0", "opening.1"} == {layer.name for layer in plan.changed}
+    student, plan = apply_plan(model, plan)
+    assert isinstance(student.closing[1], nn.Linear)
+    apart, factors = distance(model, student, x), copy.deepcopy(student.opening[1])
+    plan = refit_(student, model, plan, [x])
+    assert plan.settings["corrected_layers"] == ["closing.0", "closing.1"]
+    with torch.no_grad():
+        lacks = (model(x) - student(x)).flatten(0, -2)
+    given = seen_of(student, "closing.1", x)
+    assert distance(model, student, x) < 0.8 * apart
+    torch.testing.assert_close(lacks.mean(0), torch.zeros(12), atol=1e-4, rtol=0)
+    given, own = given - given.mean(0), lacks - lacks.mean(0)
+    shares = (given.mT @ own).abs() / (given.norm(dim=0)[:, None] * own.norm(dim=0) + 1e-12)
+    assert float(shares.max()) < 0.05
+    for one, other in zip(factors.parameters(), student.opening[1].parameters(), strict=True):
+        assert torch.equal(one, other)  # it reads what was made up for

@@ -85,8 +85,9 @@ def refit_(
             del pairs
             trim()
         progress("fitting in forward order", len(passes.places), len(passes.places))
-        fitted = {place.layer.name for place in passes.places}
-    return with_errors(student, model, plan, fitted, moments or {})
+    corrected = sorted(place.layer.name for place in passes.places if place.join is not None)
+    plan = replace(plan, settings={**plan.settings, **({"corrected_layers": corrected} if corrected else {})})
+    return with_errors(student, model, plan, {place.layer.name for place in passes.places}, moments or {})
 
 
 def with_errors(
@@ -98,7 +99,7 @@ def with_errors(
         moment = moments.get(layer.name, IDENTITY)
         if layer.name in changed and layer.narrowed:
             layer = replace(layer, error=narrowed_error(model, student, plan, layer, moment))
-        elif layer.name in changed:
+        elif layer.name in changed and layer.decomposition is not None:
             weight = weight_of(model.get_submodule(layer.name)).double()
             lost = energy_of(weight - composed_weight(student.get_submodule(layer.name)).to(weight), moment)
             layer = replace(layer, error=lost / max(energy_of(weight, moment), 1e-300))
@@ -296,6 +297,8 @@ def _recentre_(pair: Networks, place: Place, pairs: _Pairs, weight: Tensor) -> N
     held_mean, held_variance = cast(Tensor, original.running_mean), cast(Tensor, original.running_var)
     if bias is None:
         cast(Tensor, norm.running_mean).copy_(held_mean - lost.to(held_mean))
+    if place.join is not None:
+        return  # what counts is the sum with the stream
     squares = (pairs.inputs.moment().applied(weight) * weight).flatten(2).sum(-1)
     variance = (squares - mean.square()).clamp_min(0)
     change = (variance / pairs.output_variance.clamp_min(1e-300)).clamp(1 / LARGEST_CHANGE, LARGEST_CHANGE)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import dropwhile
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +22,7 @@ from rankfold.calibration.walks import Walk, walking
 from rankfold.decompositions.interpolative import by_group
 from rankfold.memory import share
 from rankfold.network.hooks import attached, first_given
+from rankfold.network.joins import Join, find_joins
 from rankfold.network.kinds import known_kind, shape_of
 from rankfold.network.narrowing import rows_of
 from rankfold.network.passes import Inputs, examples_in, few
@@ -37,12 +40,13 @@ LARGEST_SHARE = 2**30
 class Place:
     """A changed layer: how often a pass calls it, and the batch norm, by name, that takes all it gives.
 
-    `batches` is how many passes may wait there in memory.
+    `join` is where its outputs are added to a stream. `batches` is how many passes may wait there in memory.
     """
 
     layer: LayerPlan
     calls: int
     norm: str | None
+    join: Join | None
     batches: int
 
     @property
@@ -89,12 +93,17 @@ class Passes:
         return min(place.batches, len(self.walks)) if place.calls == 1 else count_of(self.batches)
 
     def seen(self, place: Place) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """For every call of a layer the batch's number, what the original gives, and what goes into the student."""
+        """For every call of a layer the batch's number, what it should give, and what goes into the student.
+
+        It should give what the original's does, and where that is added to a stream what the student's stream lacks.
+        """
         if place.calls == 1:
             number = self.places.index(place)
             for count, (original, student) in enumerate(self.walks[: self.active(place)]):
                 output, x = original.to(number), student.to(number)
                 if output is not None and x is not None:
+                    if place.join is not None:
+                        output = output + place.join.needed(original.kept[number], student.kept[number])
                     yield count, output, x
             return
         for count, batch in enumerate(self.batches):
@@ -108,11 +117,13 @@ def in_step(pair: Networks, batches: Iterable[Inputs]) -> Iterator[Passes]:
     """The passes over the batches, none of them begun."""
     places = _in_order(pair.model, pair.plan, batches)
     passes = Passes(pair, batches, places)
-    stops = {place.layer.name: number for number, place in enumerate(places) if place.calls == 1}
+    once = {number: place for number, place in enumerate(places) if place.calls == 1}
+    joins = {number: place.join for number, place in once.items() if place.join is not None}
 
     def walks(model: nn.Module, *, outputs: bool) -> Any:
-        modules = {model.get_submodule(name): number for name, number in stops.items()}
-        return walking(model, modules, partial(forward_batch, model), batches, outputs=outputs)
+        modules = {model.get_submodule(place.layer.name): number for number, place in once.items()}
+        streams = {number: (model.get_submodule(join.module), join.output) for number, join in joins.items()}
+        return walking(model, modules, partial(forward_batch, model), batches, outputs=outputs, keeping=streams)
 
     with walks(pair.model, outputs=True) as original, walks(pair.student, outputs=False) as student:
         passes.walks = list(zip(original, student, strict=True))
@@ -120,34 +131,47 @@ def in_step(pair: Networks, batches: Iterable[Inputs]) -> Iterator[Passes]:
 
 
 def _in_order(model: nn.Module, plan: Plan, batches: Iterable[Inputs]) -> list[Place]:
-    """The changed layers that are called, in the order of their first call.
+    """The layers to be fitted, in the order of their first call, as a pass over one example tells.
 
+    These are the changed ones, and behind the first of them all that join a stream, which make up for what it lacks.
+    Where matrices do, others read what has been made up for, and need no fit but where they rebuild channels.
     Embeddings have no inputs to be fitted to, and experts may see others than the original's do: both stay as they are,
     as do matrices too wide for their moment to be kept whole. Where half the memory that passes may hold is enough for
-    the patches that are looked at, they take no more. All is told by a pass over one example.
+    the patches that are looked at, they take no more.
     """
-    owners = {model.get_submodule(path): layer for layer in plan.changed for path in (layer.name, *layer.aliases)}
+    owners = {model.get_submodule(path): layer for layer in plan.layers for path in (layer.name, *layer.aliases)}
     apart = {layer for module, layer in owners.items() if not _is_refitted(module)}
     owners = {module: layer for module, layer in owners.items() if layer not in apart}
     first = next(iter(batches))
     example = few([first], 1)[0]
+    one_pass = partial(forward_batch, model, example, 0)
+    order, followers = followed(model, owners, one_pass)
+    norms = {owners[module]: norm for module, norm in followers.items()}
+    matrices = {layer for module, layer in owners.items() if known_kind(module).axes == 0}
+    joins = {owners[module]: join for module, join in find_joins(model, owners, one_pass).items()}
+    joins = {layer: join for layer, join in joins.items() if layer in matrices or layer in norms}
+    rebuilding = {port.layer for one in plan.narrowings for port in one.channels.consumers}
+    made_up = matrices if matrices & joins.keys() else set[LayerPlan]()
+    fitted = {layer for layer in plan.changed if layer not in made_up or layer.name in rebuilding}
+    called = [owners[module] for module in order]
+    behind = dropwhile(lambda layer: layer not in plan.changed, called)
+    calls = Counter(layer for layer in behind if layer in fitted or layer in joins)
     times = examples_in(first) / examples_in(example)
     needed: dict[LayerPlan, int] = {}
 
     def measure(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         needed[owners[module]] = math.ceil(batches_needed(module, output) / times)
 
-    with attached(module.register_forward_hook(measure) for module in owners):
-        order, followers = followed(model, owners, lambda: forward_batch(model, example, 0))
-    calls: dict[LayerPlan, int] = {}
-    for module in order:
-        calls[owners[module]] = calls.get(owners[module], 0) + 1
-    norms = {owners[module]: norm for module, norm in followers.items()}
-    held = held_behind(owners, lambda: forward_batch(model, example, 0))
+    stops = [module for module, layer in owners.items() if layer in calls]
+    with attached(module.register_forward_hook(measure) for module in stops):
+        held = held_behind(stops, one_pass)
     sizes = {owners[module]: math.ceil(times * size) for module, size in held.items()}
     allowed = most_waiting({layer: sizes[layer] for layer in calls})
     fewer = {layer: min(most, max(most // 2, needed[layer])) for layer, most in allowed.items()}
-    return [Place(layer, count, norms.get(layer), fewer[layer]) for layer, count in calls.items()]
+    return [
+        Place(layer, count, norms.get(layer), joins.get(layer) if count == 1 else None, fewer[layer])
+        for layer, count in calls.items()
+    ]
 
 
 def most_waiting(sizes: Mapping[_Stop, int]) -> dict[_Stop, int]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from rankfold.network.hooks import attached, first_given
 from rankfold.network.passes import Inputs
@@ -26,7 +27,10 @@ class _Ended(BaseException):
 
 
 class Walk:
-    """One pass over a batch that waits at its stops, which are numbered in the order in which they are expected."""
+    """One pass over a batch that waits at its stops, which are numbered in the order in which they are expected.
+
+    `kept` are values seen before a stop that is still to come, or where the pass waits, by its number.
+    """
 
     def __init__(self, forward: Callable[[], object]) -> None:
         self._forward = forward
@@ -37,6 +41,7 @@ class Walk:
         self._error: BaseException | None = None
         self.place = -1
         self.value: Any = None
+        self.kept: dict[int, Any] = {}
 
     def to(self, place: int) -> Any:
         """What there is at a stop, where the pass then waits; None where it never comes by."""
@@ -59,6 +64,7 @@ class Walk:
         self._arrived.release()
         self._go.acquire()
         self.value = None
+        self.kept.pop(place, None)
         if self._ending:
             raise _Ended
         _set_random_state(state)
@@ -104,34 +110,32 @@ def walking(
     *,
     outputs: bool,
     arguments: bool = False,
+    keeping: Mapping[int, tuple[nn.Module, bool]] | None = None,
 ) -> Iterator[list[Walk]]:
     """Walks over batches, which stop at what goes into some modules, or at their `outputs`; ended when it is left.
 
-    What goes in is the first argument, or with `arguments` all of them, by position and by name.
+    What goes in is the first argument, or with `arguments` all of them, by position and by name. For some stops what
+    goes into another module, or where that is said what it gives, is in `keeping` from when it is there.
     """
 
-    def before(place: int) -> Any:
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def stop(place: int) -> Callable[[Any], None]:
+        def wait(value: Any) -> None:
             walk = _walks.get(threading.get_ident())
             if walk is not None:
-                walk.stop(place, (args, kwargs) if arguments else first_given(args, kwargs))
+                walk.stop(place, value)
 
-        return see
+        return wait
 
-    def behind(place: int) -> Any:
-        def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def keep(place: int) -> Callable[[Any], None]:
+        def note(value: Any) -> None:
             walk = _walks.get(threading.get_ident())
             if walk is not None:
-                walk.stop(place, output)
+                walk.kept[place] = value
 
-        return see
+        return note
 
-    hooks = (
-        module.register_forward_hook(behind(place))
-        if outputs
-        else module.register_forward_pre_hook(before(place), with_kwargs=True)
-        for module, place in stops.items()
-    )
+    hooks = [_watched(module, stop(place), output=outputs, arguments=arguments) for module, place in stops.items()]
+    hooks += [_watched(module, keep(place), output=given) for place, (module, given) in (keeping or {}).items()]
     walks = [Walk(partial(forward, batch, number)) for number, batch in enumerate(batches)]
     with attached(hooks):
         try:
@@ -139,6 +143,19 @@ def walking(
         finally:
             for walk in walks:
                 walk.end()
+
+
+def _watched(
+    module: nn.Module, see: Callable[[Any], None], *, output: bool, arguments: bool = False
+) -> RemovableHandle:
+    """A hook that sees what goes into a module, the first argument or all of them, or its output."""
+    if output:
+        return module.register_forward_hook(lambda _, args, given: see(given))
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see((args, kwargs) if arguments else first_given(args, kwargs))
+
+    return module.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def _random_state() -> tuple[Tensor, Any, Any]:

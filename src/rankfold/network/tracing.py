@@ -24,6 +24,7 @@ from rankfold.network.stand_ins.recurrent import Recurrent
 
 _TEMPLATES = ("aten::detach", "aten::alias", "aten::empty_like", "aten::zeros_like", "aten::ones_like", "aten::new_")
 """Operators that take a tensor's form, or another view of it, and not its numbers."""
+_SUMS = ("aten::add.Tensor", "aten::add_.Tensor")
 
 
 @dataclass(frozen=True)
@@ -178,13 +179,18 @@ def _operators(model: nn.Module, read: Callable[[Tensor, Sequence[nn.Module]], N
 
 
 class Operands(TorchDispatchMode):
-    """Calls functions with every tensor that an operator takes, and with the memory that it makes for what it gives."""
+    """Calls functions with every tensor that an operator takes, with the memory that it makes for what it gives, and
+    with two tensors of one shape before they are added."""
 
     def __init__(
-        self, *, read: Callable[[Tensor], None] | None = None, made: Callable[[UntypedStorage], None] | None = None
+        self,
+        *,
+        read: Callable[[Tensor], None] | None = None,
+        made: Callable[[UntypedStorage], None] | None = None,
+        added: Callable[[Tensor, Tensor], None] | None = None,
     ) -> None:
         super().__init__()
-        self.read, self.made = read, made
+        self.read, self.made, self.added = read, made, added
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -195,6 +201,10 @@ class Operands(TorchDispatchMode):
         if self.read is not None and not func.name().startswith(_TEMPLATES):
             for tensor in taken:
                 self.read(tensor)
+        if self.added is not None and func.name() in _SUMS and not kwargs:
+            shapes = [one.shape for one in taken]
+            if len(shapes) == 2 and shapes[0] == shapes[1]:
+                self.added(*taken)
         output = func(*args, **(kwargs or {}))
         if self.made is not None:
             known = {tensor.untyped_storage()._cdata for tensor in taken}
