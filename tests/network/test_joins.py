@@ -116,6 +116,29 @@ def test_what_is_needed_makes_the_sum_what_it_was(label: str):
         torch.testing.assert_close(model.add(model, own, hidden), whole, rtol=1e-3, atol=1e-3)
 
 
+def test_axes_may_be_swapped_on_the_way():
+    """As in networks of images whose branches are matrices over channels that lie last."""
+
+    class Swapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start, self.last, self.gain = nn.Conv2d(6, 6, 1), nn.Linear(6, 6), nn.Parameter(torch.rand(6) + 0.5)
+
+        def forward(self, x: Tensor, needed: Tensor | float = 0.0) -> Tensor:
+            stream = self.start(x)
+            return stream + (self.gain * (self.last(stream.movedim(1, -1).relu()) + needed)).movedim(-1, 1)
+
+    torch.manual_seed(0)
+    model, x = Swapped().eval(), torch.randn(IMAGES)
+    with torch.no_grad():
+        (join,) = find_joins(model, [model.last], lambda: model(x)).values()
+        assert (join.module, join.output, join.axis, join.axis_of_stream) == ("start", True, 3, 1)
+        torch.testing.assert_close(join.scale.float(), model.gain.detach(), rtol=1e-3, atol=1e-4)
+        stream = torch.randn(IMAGES)
+        more = model(x, join.needed(stream, torch.zeros_like(stream))) - model(x)
+        torch.testing.assert_close(more, stream, rtol=1e-3, atol=1e-3)
+
+
 def test_streams_of_other_sizes_are_left_alone():
-    join = Join("", False, torch.ones(6), 2)
+    join = Join("", False, torch.ones(6), 2, 2)
     assert join.needed(torch.randn(3, 7, 6), torch.randn(3, 7, 4)) == 0

@@ -11,6 +11,12 @@ chosen so that what one half of the examples says is least wrong on the other. W
 afterwards, by a bias or a batch norm, all moments are those about the mean, and it is. A batch norm gets the change
 that compression made to the mean and variance of its inputs, not statistics measured anew: so nothing is lost where
 calibration inputs differ from those of training.
+
+Where a layer's outputs are multiplied by a and added to a stream, which is s in the original and s̃ in the student,
+W x + (s − s̃) / a takes the place of W x: it is the sum that comes out, and what earlier layers lost does not add up.
+Matrices that join no stream are then not fitted once more: T x̃, the mean of W x given x̃, varies less than W x, and no
+batch norm makes up for that (DeiT-Tiny at 70 % of its MACs: 49.3 % of top-1 with them and 53.5 without, where the
+stream is not made up for 44.3).
 """
 
 from __future__ import annotations

@@ -33,14 +33,15 @@ TOLERANCE = 1e-6
 class Join:
     """What a layer's outputs are added to: what goes into a module, by name, or with `output` what it gives.
 
-    `scale` is what every channel of the outputs, along an `axis`, is multiplied by before, by a batch norm or a layer
-    scale.
+    `scale` is what every channel of the outputs is multiplied by before, by a batch norm or a layer scale. Channels are
+    along an `axis` of the outputs, and another of the stream where axes are swapped on the way.
     """
 
     module: str
     output: bool
     scale: Float[Tensor, " o"]
     axis: int
+    axis_of_stream: int
 
     def needed(self, stream: Tensor, own: Tensor) -> Tensor | float:
         """What a layer's outputs need besides, so that their sum with its `own` stream is what it is with another."""
@@ -48,7 +49,7 @@ class Join:
             return 0.0
         size = self.scale.abs().clamp_min(LEAST_SCALE * float(self.scale.square().mean().sqrt()))
         scale = size.copysign(self.scale).to(own.dtype)
-        return ((stream - own).movedim(self.axis, -1) / scale).movedim(-1, self.axis)
+        return ((stream - own).movedim(self.axis_of_stream, -1) / scale).movedim(-1, self.axis)
 
 
 def find_joins(model: nn.Module, layers: Iterable[nn.Module], forward: Callable[[], object]) -> dict[nn.Module, Join]:
@@ -103,13 +104,9 @@ class _Watch:
             if known is None or known() is not stream:
                 continue
             for layer, given in reversed(self._given):
-                if given.shape == term.shape and since < self._begun[layer]:
-                    axes = known_kind(layer).axes
-                    axis = given.ndim - 1 - axes
-                    scale = _scale(*(one.movedim(axis, -1).flatten(0, -2).double() for one in (given, term)))
-                    if scale is not None:
-                        self.found[layer] = Join(name, output, scale, axis)
-                        return
+                if since < self._begun[layer] and (join := _joined(layer, given, term, name, output=output)):
+                    self.found[layer] = join
+                    return
 
     def _note(self, tensor: Any, name: str, *, output: bool) -> None:
         self._time += 1
@@ -117,6 +114,18 @@ class _Watch:
             known = self._known.get(id(tensor))
             if known is None or known[0]() is not tensor:
                 self._known[id(tensor)] = (weakref.ref(tensor), name, output, self._time)
+
+
+def _joined(layer: nn.Module, given: Tensor, term: Tensor, name: str, *, output: bool) -> Join | None:
+    """The join of a layer whose outputs become a term of a sum, if they do so channel by channel."""
+    axis = given.ndim - 1 - known_kind(layer).axes
+    rows = given.movedim(axis, -1)
+    for own in dict.fromkeys((axis, 1, term.ndim - 1)):
+        if term.ndim > own and (terms := term.movedim(own, -1)).shape == rows.shape:
+            scale = _scale(rows.flatten(0, -2).double(), terms.flatten(0, -2).double())
+            if scale is not None:
+                return Join(name, output, scale, axis, own)
+    return None
 
 
 def _scale(given: Float[Tensor, "places o"], term: Float[Tensor, "places o"]) -> Float[Tensor, " o"] | None:
