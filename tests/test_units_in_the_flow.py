@@ -20,6 +20,7 @@ from rankfold.evaluation import accuracy
 from rankfold.network.passes import parted, run
 from rankfold.plan import Plan
 from rankfold.recovery import Attempt
+from rankfold.search.network_objectives import divergences
 from rankfold.search.prices import priced
 from rankfold.sources.data import Dataset, Normalisation, open_dataset
 from rankfold.training import Training, fine_tune
@@ -219,6 +220,18 @@ def test_tied_tensors_and_outputs_that_cannot_be_compared_are_no_obstacle() -> N
         student[0].weight += 1
     assert attempt.taken_back()
     assert torch.equal(student[1].weight, before)
+
+
+@pytest.mark.parametrize(("shape", "rows"), [((6, 700, 3), 3 * 700), ((6, 3), 6), ((6, 3, 40, 40), 6 * 1600)])
+def test_of_texts_some_tokens_are_enough_to_compare(shape: tuple[int, ...], rows: int) -> None:
+    """Every token is a row, and whole examples are taken; of images, or places in them, all count."""
+    model, axis = nn.Identity(), 1 if len(shape) > 3 else -1
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = divergences(model, nn.ReLU(), list(x.split(1)), 1.0)
+    assert len(found) == rows
+    one, other = (torch.log_softmax(given.movedim(axis, -1).flatten(0, -2), -1) for given in (x, x.relu()))
+    whole = ((one - other) * one.exp()).sum(-1)
+    torch.testing.assert_close(found, whole[:rows].double(), rtol=1e-3, atol=1e-5)
 
 
 def test_inputs_are_held_back_in_part() -> None:

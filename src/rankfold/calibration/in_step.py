@@ -147,15 +147,15 @@ def _in_order(model: nn.Module, plan: Plan, batches: Iterable[Inputs]) -> list[P
     one_pass = partial(forward_batch, model, example, 0)
     order, followers = followed(model, owners, one_pass)
     norms = {owners[module]: norm for module, norm in followers.items()}
+    calls = Counter(owners[module] for module in order)
     matrices = {layer for module, layer in owners.items() if known_kind(module).axes == 0}
     joins = {owners[module]: join for module, join in find_joins(model, owners, one_pass).items()}
-    joins = {layer: join for layer, join in joins.items() if layer in matrices or layer in norms}
+    joins = {layer: join for layer, join in joins.items() if calls[layer] == 1 and layer in matrices | norms.keys()}
     rebuilding = {port.layer for one in plan.narrowings for port in one.channels.consumers}
     made_up = matrices if matrices & joins.keys() else set[LayerPlan]()
     fitted = {layer for layer in plan.changed if layer not in made_up or layer.name in rebuilding}
-    called = [owners[module] for module in order]
-    behind = dropwhile(lambda layer: layer not in plan.changed, called)
-    calls = Counter(layer for layer in behind if layer in fitted or layer in joins)
+    behind = dropwhile(lambda layer: layer not in plan.changed, calls)
+    calls = {layer: calls[layer] for layer in behind if layer in fitted or layer in joins}
     times = examples_in(first) / examples_in(example)
     needed: dict[LayerPlan, int] = {}
 
@@ -168,10 +168,7 @@ def _in_order(model: nn.Module, plan: Plan, batches: Iterable[Inputs]) -> list[P
     sizes = {owners[module]: math.ceil(times * size) for module, size in held.items()}
     allowed = most_waiting({layer: sizes[layer] for layer in calls})
     fewer = {layer: min(most, max(most // 2, needed[layer])) for layer, most in allowed.items()}
-    return [
-        Place(layer, count, norms.get(layer), joins.get(layer) if count == 1 else None, fewer[layer])
-        for layer, count in calls.items()
-    ]
+    return [Place(layer, count, norms.get(layer), joins.get(layer), fewer[layer]) for layer, count in calls.items()]
 
 
 def most_waiting(sizes: Mapping[_Stop, int]) -> dict[_Stop, int]:

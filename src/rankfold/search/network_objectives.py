@@ -33,6 +33,8 @@ from rankfold.network.passes import (
 from rankfold.search.curves import Curve
 from rankfold.search.objective import Objective
 
+ENOUGH = 2**11
+"""Rows by which outputs of texts are compared, about, where every token has one."""
 IN_PART = 2**20
 """Logits that are compared at once, about: what is in between takes several times their room."""
 
@@ -185,14 +187,16 @@ def divergences(
     """How far a student's outputs are from the original's on some batches, row by row.
 
     Of outputs over classes the Kullback-Leibler divergence of their softmax at `temperature`, of others the squared
-    error of an example, relative to the mean energy of the original's. Raises ModelError where the two cannot be
-    compared.
+    error of an example, relative to the mean energy of the original's. Of texts the first `ENOUGH` tokens, in whole
+    examples, are enough. Raises ModelError where the two cannot be compared.
     """
     errors, energies = [], []
     for batch in _in_parts(model, list(batches)):
         original = torch.atleast_1d(output_of(run(model, batch)))
         errors.append(_errors(run(student, batch), original, temperature))
         energies.append(_energies(original))
+        if original.ndim == 3 and sum(map(len, errors)) >= ENOUGH:
+            break
     return (torch.cat(errors) / torch.cat(energies).mean().clamp_min(1e-30)).double().cpu()
 
 
