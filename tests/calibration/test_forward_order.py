@@ -252,19 +252,22 @@ def seen_of(model: nn.Module, name: str, x: torch.Tensor) -> torch.Tensor:
     return seen[0].flatten(0, -2)
 
 
+def with_whole_closings(model: nn.Module, x: torch.Tensor) -> Plan:
+    """A plan that decomposes what opens the blocks alone."""
+    plan = planned(model, x, budget=0.5)
+    layers = (
+        replace(one, decomposition=None, ranks=(), after=one.before) if one.name.startswith("closing") else one
+        for one in plan.layers
+    )
+    plan = plan.with_layers(tuple(layers))
+    assert {"opening.0", "opening.1"} == {layer.name for layer in plan.changed}
+    return plan
+
+
 def test_what_joins_a_stream_makes_up_for_what_it_lacks():
     """What the last sum still lacks is no linear function of what its layer is given, which the plan leaves dense."""
     model, x = Blocks().eval(), smooth(300, (5, 12), 1)
-    plan = planned(model, x, budget=0.5)
-    whole = {"closing.0", "closing.1"}
-    plan = plan.with_layers(
-        tuple(
-            replace(one, decomposition=None, ranks=(), after=one.before) if one.name in whole else one
-            for one in plan.layers
-        )
-    )
-    assert {"opening.0", "opening.1"} == {layer.name for layer in plan.changed}
-    student, plan = apply_plan(model, plan)
+    student, plan = apply_plan(model, with_whole_closings(model, x))
     assert isinstance(student.closing[1], nn.Linear)
     apart, factors = distance(model, student, x), copy.deepcopy(student.opening[1])
     plan = refit_(student, model, plan, [x])
@@ -279,3 +282,46 @@ def test_what_joins_a_stream_makes_up_for_what_it_lacks():
     assert float(shares.max()) < 0.05
     for one, other in zip(factors.parameters(), student.opening[1].parameters(), strict=True):
         assert torch.equal(one, other)  # it reads what was made up for
+
+
+def test_streams_are_left_alone_where_that_is_asked_for():
+    model, x = Blocks().eval(), smooth(300, (5, 12), 1)
+    student, plan = apply_plan(model, with_whole_closings(model, x))
+    plan = refit_(student, model, plan, [x], streams=False)
+    assert "corrected_layers" not in plan.settings
+    for own, original in zip(student.closing.parameters(), model.closing.parameters(), strict=True):
+        assert torch.equal(own, original)
+
+
+def test_batch_norms_behind_what_joins_a_stream_keep_their_variance():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(3))
+            self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            stream, first, last = (lambda y, k=k: self.norms[k](self.layers[k](y)) for k in range(3))
+            x = torch.relu(stream(x))
+            return torch.relu(last(torch.relu(first(x))).add_(x))
+
+    torch.manual_seed(0)
+    model, x = Block(), smooth(64, (8, 6, 6), 3)
+    for seed in range(20):
+        model(smooth(64, (8, 6, 6), seed))
+    model.eval()
+    student, plan = apply_plan(model, planned(model, x, budget=0.4))
+    assert len(plan.changed) == 3
+    with torch.no_grad():
+        before = float((model(x) - student(x)).square().mean())
+    plan = refit_(student, model, plan, [x])
+    assert plan.settings["corrected_layers"] == ["layers.2"]
+    assert [
+        torch.equal(own.running_var, norm.running_var) for own, norm in zip(student.norms, model.norms, strict=True)
+    ] == [
+        False,
+        False,
+        True,
+    ]
+    with torch.no_grad():
+        assert float((model(x) - student(x)).square().mean()) < before

@@ -65,19 +65,21 @@ def refit_(
     *,
     moments: Mapping[str, Moment] | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    streams: bool = True,
     progress: Progress = silent,
 ) -> Plan:
     """Fits the student's factors in forward order, in place, and returns the plan with the errors they now have.
 
-    `student` is the model as `apply_plan` compressed it; `batches` are run once by both, layer by layer. Biases and
-    batch norms that follow a layer get the mean and variance its outputs lost; those of a layer that is called more
-    than once in a pass stay. `moments` are the metric of the plan's errors, `weights` those of the places of layers'
-    outputs (`rankfold.calibration.positions`). Raises DataError for batches that do not fit the model.
+    `student` is the model as `apply_plan` compressed it; `batches` are run once by both, layer by layer. With `streams`
+    layers that join one make up for what it lacks. Biases and batch norms that follow a layer get the mean and variance
+    its outputs lost; those of a layer that is called more than once in a pass stay. `moments` are the metric of the
+    plan's errors, `weights` those of the places of layers' outputs (`rankfold.calibration.positions`). Raises DataError
+    for batches that do not fit the model.
     """
     place_of_ridge = len(RIDGES) // 2
     skeleton = narrow_(sharing(model), plan.narrowings) if plan.narrowings else model
     pair = Networks(model, student, skeleton, plan)
-    with evaluating(model), evaluating(student), in_step(pair, batches) as passes:
+    with evaluating(model), evaluating(student), in_step(pair, batches, streams=streams) as passes:
         for done, place in enumerate(passes.places):
             progress("fitting in forward order", done, len(passes.places))
             halves = _collected(pair, place, passes.seen(place), passes.active(place), weights or {})
@@ -193,7 +195,10 @@ def _ridge(pair: Networks, place: Place, halves: tuple[_Pairs, _Pairs], tried: i
     if not all(half.inputs.positions > 1 and half.inputs.joint is not None for half in halves):
         return None
     bias = cast("Tensor | None", pair.student.get_submodule(place.layer.name).bias)
-    moments = (half.moments(_about_means(place, bias), bias) for half in halves)
+    moments = []
+    for half in halves:
+        square, cross = half.moments(_about_means(place, bias), bias)
+        moments.append((square.to(_dtype_of(square)), cross))
     return _best_ridge(_weight(pair, place), tried, *moments)
 
 
@@ -240,8 +245,8 @@ def _best_ridge(weight: Tensor, best: int, *halves: tuple[Tensor, Tensor]) -> in
                 known[place] += float(((matrix @ other - 2 * crossed) * matrix).sum())
         return known[place]
 
-    dtype, step = _dtype_of(halves[0][0]), max(1, weight.shape[1] // JUDGED)
-    halves = tuple((square.to(dtype), cross[:, ::step].to(dtype)) for square, cross in halves)
+    step = max(1, weight.shape[1] // JUDGED)
+    halves = tuple((square, cross[:, ::step].to(square)) for square, cross in halves)
     weight = weight[:, ::step]
     known: dict[int, float] = {}
     for step in (-1, 1):
@@ -260,22 +265,29 @@ def _regressed(
 
     It is found as a change of W, which takes but few digits, so that large systems are solved in float32.
     """
-    mean = square.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    mean = torch.where(mean > 0, mean, 1.0)
-    added = ridge * mean * torch.eye(square.shape[-1], dtype=mean.dtype, device=mean.device)
-    triangle = _triangle(square.to(_dtype_of(square)), added)
+    mean = square.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    triangle = _triangle(square.to(_dtype_of(square)), ridge * torch.where(mean > 0, mean, 1.0))
     square, cross, flat = (one.to(triangle) for one in (square, cross, weight.flatten(2)))
     change = torch.cholesky_solve((cross - flat @ square).mT, triangle).mT
     return weight + change.double().reshape(weight.shape)
 
 
-def _triangle(square: Float[Tensor, "g n n"], added: Float[Tensor, "g n n"]) -> Float[Tensor, "g n n"]:
+def _triangle(square: Float[Tensor, "g n n"], added: Float[Tensor, "g 1"]) -> Float[Tensor, "g n n"]:
     """The Cholesky factor of a moment with a ridge, in float64 where rounding in float32 has made it indefinite."""
     for dtype in dict.fromkeys((square.dtype, torch.float64)):
-        triangle, failed = torch.linalg.cholesky_ex(square.to(dtype) + added.to(dtype))
+        triangle, failed = torch.linalg.cholesky_ex(_with_ridge(square, added, dtype))
         if not failed.any():
             return triangle
-    return torch.linalg.cholesky(_definite(square.double()) + added.double())
+    return torch.linalg.cholesky(_with_ridge(_definite(square.double()), added, torch.float64))
+
+
+def _with_ridge(
+    square: Float[Tensor, "g n n"], added: Float[Tensor, "g 1"], dtype: torch.dtype
+) -> Float[Tensor, "g n n"]:
+    """A copy of a moment with something added on its diagonal."""
+    ridged = square.to(dtype, copy=True)
+    ridged.diagonal(dim1=-2, dim2=-1).add_(added.to(ridged))
+    return ridged
 
 
 def _dtype_of(square: Tensor) -> torch.dtype:

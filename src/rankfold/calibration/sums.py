@@ -118,8 +118,8 @@ class MomentSum:
         """The mean outer product, and how many positions tell it."""
         count, positions = self.count, self.effective
         if self.joint is not None:
-            below = self.joint.tril() / count
-            joint = below + below.tril(-1).mT
+            joint = self.joint.tril().div_(count)
+            joint += joint.tril(-1).mT
             if self.routed:
                 joint = joint + UNSEEN * joint.mean(0, keepdim=True)
             mean = None if self.routed else cast(Tensor, self.sum) / count
