@@ -42,10 +42,8 @@ class Recovery:
     """What is done to a compressed network on the inputs that it was calibrated on.
 
     `in_order`: every layer is fitted once more to the original's outputs, from what the compressed ones before it give.
-    `refining`: blocks are trained one after another towards what the original's give. Before, layers do not make up for
-    what streams lack, as that is less once the blocks before are refined (DeiT-Tiny at 80 %: 64.6 instead of 65.9 %).
-    `distilling`: the whole network is trained towards what the original gives, in so many epochs, or by settings of
-    fine-tuning.
+    `refining`: blocks are trained one after another towards what the original's give. `distilling`: the whole network
+    is trained towards what the original gives, in so many epochs, or by settings of fine-tuning.
     """
 
     in_order: bool = True
@@ -81,14 +79,7 @@ class Recovery:
         judged = [] if few else known.held or list(known.inputs)
         attempt = Attempt(student, model, judged)
         plan = refit_(
-            student,
-            model,
-            plan,
-            known.inputs,
-            moments=known.moments,
-            weights=known.weights,
-            streams=not self.refining.epochs,
-            progress=progress,
+            student, model, plan, known.inputs, moments=known.moments, weights=known.weights, progress=progress
         )
         return student, apart if attempt.taken_back() else plan
 

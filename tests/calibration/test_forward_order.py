@@ -284,15 +284,6 @@ def test_what_joins_a_stream_makes_up_for_what_it_lacks():
         assert torch.equal(one, other)  # it reads what was made up for
 
 
-def test_streams_are_left_alone_where_that_is_asked_for():
-    model, x = Blocks().eval(), smooth(300, (5, 12), 1)
-    student, plan = apply_plan(model, with_whole_closings(model, x))
-    plan = refit_(student, model, plan, [x], streams=False)
-    assert "corrected_layers" not in plan.settings
-    for own, original in zip(student.closing.parameters(), model.closing.parameters(), strict=True):
-        assert torch.equal(own, original)
-
-
 def test_batch_norms_behind_what_joins_a_stream_keep_their_variance():
     class Block(nn.Module):
         def __init__(self) -> None:

@@ -65,21 +65,19 @@ def refit_(
     *,
     moments: Mapping[str, Moment] | None = None,
     weights: Mapping[str, Tensor] | None = None,
-    streams: bool = True,
     progress: Progress = silent,
 ) -> Plan:
     """Fits the student's factors in forward order, in place, and returns the plan with the errors they now have.
 
-    `student` is the model as `apply_plan` compressed it; `batches` are run once by both, layer by layer. With `streams`
-    layers that join one make up for what it lacks. Biases and batch norms that follow a layer get the mean and variance
-    its outputs lost; those of a layer that is called more than once in a pass stay. `moments` are the metric of the
-    plan's errors, `weights` those of the places of layers' outputs (`rankfold.calibration.positions`). Raises DataError
-    for batches that do not fit the model.
+    `student` is the model as `apply_plan` compressed it; `batches` are run once by both, layer by layer. Biases and
+    batch norms that follow a layer get the mean and variance its outputs lost; those of a layer that is called more
+    than once in a pass stay. `moments` are the metric of the plan's errors, `weights` those of the places of layers'
+    outputs (`rankfold.calibration.positions`). Raises DataError for batches that do not fit the model.
     """
     place_of_ridge = len(RIDGES) // 2
     skeleton = narrow_(sharing(model), plan.narrowings) if plan.narrowings else model
     pair = Networks(model, student, skeleton, plan)
-    with evaluating(model), evaluating(student), in_step(pair, batches, streams=streams) as passes:
+    with evaluating(model), evaluating(student), in_step(pair, batches) as passes:
         for done, place in enumerate(passes.places):
             progress("fitting in forward order", done, len(passes.places))
             halves = _collected(pair, place, passes.seen(place), passes.active(place), weights or {})

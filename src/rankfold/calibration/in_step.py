@@ -113,9 +113,9 @@ class Passes:
 
 
 @contextmanager
-def in_step(pair: Networks, batches: Iterable[Inputs], *, streams: bool) -> Iterator[Passes]:
-    """The passes over the batches, none of them begun; with `streams` at what joins one as well."""
-    places = _in_order(pair.model, pair.plan, batches, streams=streams)
+def in_step(pair: Networks, batches: Iterable[Inputs]) -> Iterator[Passes]:
+    """The passes over the batches, none of them begun."""
+    places = _in_order(pair.model, pair.plan, batches)
     passes = Passes(pair, batches, places)
     once = {number: place for number, place in enumerate(places) if place.calls == 1}
     joins = {number: place.join for number, place in once.items() if place.join is not None}
@@ -130,10 +130,10 @@ def in_step(pair: Networks, batches: Iterable[Inputs], *, streams: bool) -> Iter
         yield passes
 
 
-def _in_order(model: nn.Module, plan: Plan, batches: Iterable[Inputs], *, streams: bool) -> list[Place]:
+def _in_order(model: nn.Module, plan: Plan, batches: Iterable[Inputs]) -> list[Place]:
     """The layers to be fitted, in the order of their first call, as a pass over one example tells.
 
-    These are the changed ones, and with `streams` behind the first of them all that join one and make up for its lacks.
+    These are the changed ones, and behind the first of them all that join a stream, which make up for what it lacks.
     Where matrices do, others read what has been made up for, and need no fit but where they rebuild channels.
     Embeddings have no inputs to be fitted to, and experts may see others than the original's do: both stay as they are,
     as do matrices too wide for their moment to be kept whole. Where half the memory that passes may hold is enough for
@@ -149,7 +149,7 @@ def _in_order(model: nn.Module, plan: Plan, batches: Iterable[Inputs], *, stream
     norms = {owners[module]: norm for module, norm in followers.items()}
     calls = Counter(owners[module] for module in order)
     matrices = {layer for module, layer in owners.items() if known_kind(module).axes == 0}
-    joins = {owners[module]: join for module, join in find_joins(model, owners if streams else (), one_pass).items()}
+    joins = {owners[module]: join for module, join in find_joins(model, owners, one_pass).items()}
     joins = {layer: join for layer, join in joins.items() if calls[layer] == 1 and layer in matrices | norms.keys()}
     rebuilding = {port.layer for one in plan.narrowings for port in one.channels.consumers}
     made_up = matrices if matrices & joins.keys() else set[LayerPlan]()
