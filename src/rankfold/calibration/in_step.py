@@ -102,7 +102,7 @@ class Passes:
             for count, (original, student) in enumerate(self.walks[: self.active(place)]):
                 output, x = original.to(number), student.to(number)
                 if output is not None and x is not None:
-                    if place.join is not None:
+                    if place.join is not None and number in original.kept.keys() & student.kept.keys():
                         output = output + place.join.needed(original.kept[number], student.kept[number])
                     yield count, output, x
             return
@@ -133,8 +133,8 @@ def in_step(pair: Networks, batches: Iterable[Inputs]) -> Iterator[Passes]:
 def _in_order(model: nn.Module, plan: Plan, batches: Iterable[Inputs]) -> list[Place]:
     """The layers to be fitted, in the order of their first call, as a pass over one example tells.
 
-    These are the changed ones, and behind the first of them all that join a stream, which make up for what it lacks.
-    Where matrices do, others read what has been made up for, and need no fit but where they rebuild channels.
+    These are the changed ones, and behind the first of them all matrices that join a stream, which make up for what it
+    lacks. Others then read what has been made up for, and need no fit but where they rebuild channels.
     Embeddings have no inputs to be fitted to, and experts may see others than the original's do: both stay as they are,
     as do matrices too wide for their moment to be kept whole. Where half the memory that passes may hold is enough for
     the patches that are looked at, they take no more.
@@ -152,10 +152,11 @@ def _in_order(model: nn.Module, plan: Plan, batches: Iterable[Inputs]) -> list[P
     joins = {owners[module]: join for module, join in find_joins(model, owners, one_pass).items()}
     joins = {layer: join for layer, join in joins.items() if calls[layer] == 1 and layer in matrices | norms.keys()}
     rebuilding = {port.layer for one in plan.narrowings for port in one.channels.consumers}
-    made_up = matrices if matrices & joins.keys() else set[LayerPlan]()
-    fitted = {layer for layer in plan.changed if layer not in made_up or layer.name in rebuilding}
+    closing = matrices & joins.keys()
+    made_up = matrices if closing else set[LayerPlan]()
+    fitted = closing | {layer for layer in plan.changed if layer not in made_up or layer.name in rebuilding}
     behind = dropwhile(lambda layer: layer not in plan.changed, calls)
-    calls = {layer: calls[layer] for layer in behind if layer in fitted or layer in joins}
+    calls = {layer: calls[layer] for layer in behind if layer in fitted}
     times = examples_in(first) / examples_in(example)
     needed: dict[LayerPlan, int] = {}
 
