@@ -307,12 +307,7 @@ def test_batch_norms_behind_what_joins_a_stream_keep_their_variance():
         before = float((model(x) - student(x)).square().mean())
     plan = refit_(student, model, plan, [x])
     assert plan.settings["corrected_layers"] == ["layers.2"]
-    assert [
-        torch.equal(own.running_var, norm.running_var) for own, norm in zip(student.norms, model.norms, strict=True)
-    ] == [
-        False,
-        False,
-        True,
-    ]
+    norms = zip(student.norms, model.norms, strict=True)
+    assert [torch.equal(own.running_var, norm.running_var) for own, norm in norms] == [False, False, True]
     with torch.no_grad():
         assert float((model(x) - student(x)).square().mean()) < before

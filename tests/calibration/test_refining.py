@@ -78,8 +78,8 @@ def compressed(model: nn.Module, refine: int | Refining, decomposition: Any = "s
 def test_it_comes_closer_on_other_inputs_and_leaves_the_original_alone(decomposition: Any) -> None:
     model = made()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    plain, refined = compressed(model, 0, decomposition), compressed(model, 8, decomposition)
-    assert distance(model, refined.model, inputs(1)) < distance(model, plain.model, inputs(1))
+    plain, refined = compressed(model, 0, decomposition), compressed(model, 16, decomposition)
+    assert distance(model, refined.model, inputs(1)) < 0.9 * distance(model, plain.model, inputs(1))
     apart = (compressed(model, epochs, decomposition, sequential=False).model for epochs in (8, 0))
     fitted, layerwise = (distance(model, one, inputs(1)) for one in apart)
     assert fitted < 0.8 * layerwise

@@ -93,7 +93,8 @@ def refit_(
         progress("fitting in forward order", len(passes.places), len(passes.places))
     corrected = sorted(place.layer.name for place in passes.places if place.join is not None)
     plan = replace(plan, settings={**plan.settings, **({"corrected_layers": corrected} if corrected else {})})
-    return with_errors(student, model, plan, {place.layer.name for place in passes.places}, moments or {})
+    changed = {place.layer.name for place in passes.places if place.layer in plan.changed}
+    return with_errors(student, model, plan, changed, moments or {})
 
 
 def with_errors(
@@ -105,7 +106,7 @@ def with_errors(
         moment = moments.get(layer.name, IDENTITY)
         if layer.name in changed and layer.narrowed:
             layer = replace(layer, error=narrowed_error(model, student, plan, layer, moment))
-        elif layer.name in changed and layer.decomposition is not None:
+        elif layer.name in changed:
             weight = weight_of(model.get_submodule(layer.name)).double()
             lost = energy_of(weight - composed_weight(student.get_submodule(layer.name)).to(weight), moment)
             layer = replace(layer, error=lost / max(energy_of(weight, moment), 1e-300))

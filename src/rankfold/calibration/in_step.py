@@ -1,4 +1,4 @@
-"""In step: an original and its student, run over the same batches and stopped at one changed layer after another."""
+"""In step: an original and its student, run over the same batches and stopped at one layer after another."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LARGEST_SHARE = 2**30
 
 @dataclass(frozen=True)
 class Place:
-    """A changed layer: how often a pass calls it, and the batch norm, by name, that takes all it gives.
+    """A layer to be fitted: how often a pass calls it, and the batch norm, by name, that takes all it gives.
 
     `join` is where its outputs are added to a stream. `batches` is how many passes may wait there in memory.
     """

@@ -69,6 +69,10 @@ class Walk:
             raise _Ended
         _set_random_state(state)
 
+    def keep(self, place: int, value: Any) -> None:
+        """Keeps a value for a stop; called within the pass."""
+        self.kept[place] = value
+
     def _advance(self) -> None:
         state = _random_state()
         if self._started:
@@ -118,24 +122,20 @@ def walking(
     goes into another module, or where that is said what it gives, is in `keeping` from when it is there.
     """
 
-    def stop(place: int) -> Callable[[Any], None]:
-        def wait(value: Any) -> None:
+    def told(tell: Callable[[Walk, int, Any], None], place: int) -> Callable[[Any], None]:
+        def see(value: Any) -> None:
             walk = _walks.get(threading.get_ident())
             if walk is not None:
-                walk.stop(place, value)
+                tell(walk, place, value)
 
-        return wait
+        return see
 
-    def keep(place: int) -> Callable[[Any], None]:
-        def note(value: Any) -> None:
-            walk = _walks.get(threading.get_ident())
-            if walk is not None:
-                walk.kept[place] = value
-
-        return note
-
-    hooks = [_watched(module, stop(place), output=outputs, arguments=arguments) for module, place in stops.items()]
-    hooks += [_watched(module, keep(place), output=given) for place, (module, given) in (keeping or {}).items()]
+    hooks = [
+        _watched(module, told(Walk.stop, place), output=outputs, arguments=arguments) for module, place in stops.items()
+    ]
+    hooks += [
+        _watched(module, told(Walk.keep, place), output=given) for place, (module, given) in (keeping or {}).items()
+    ]
     walks = [Walk(partial(forward, batch, number)) for number, batch in enumerate(batches)]
     with attached(hooks):
         try:

@@ -8,6 +8,7 @@ or came out of one before the layer was called.
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +74,7 @@ class _Watch:
         self.found: dict[nn.Module, Join] = {}
         self._time = 0
         self._begun: dict[nn.Module, int] = {}
-        self._given: list[tuple[nn.Module, Tensor]] = []
+        self._given: deque[tuple[nn.Module, Tensor]] = deque(maxlen=RECENT)
         self._known: dict[int, tuple[weakref.ref[Tensor], str, bool, int]] = {}
 
     def entered(self, name: str) -> Callable[..., None]:
@@ -93,7 +94,7 @@ class _Watch:
             self._note(output, name, output=True)
             if module in self.layers:
                 self.calls[module] = self.calls.get(module, 0) + 1
-                self._given = [*self._given[1 - RECENT :], (module, output.clone())]
+                self._given.append((module, output.clone()))
 
         return note
 

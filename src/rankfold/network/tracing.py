@@ -25,6 +25,7 @@ from rankfold.network.stand_ins.recurrent import Recurrent
 _TEMPLATES = ("aten::detach", "aten::alias", "aten::empty_like", "aten::zeros_like", "aten::ones_like", "aten::new_")
 """Operators that take a tensor's form, or another view of it, and not its numbers."""
 _SUMS = ("aten::add.Tensor", "aten::add_.Tensor")
+"""Operators that add tensors."""
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,10 @@ def _operators(model: nn.Module, read: Callable[[Tensor, Sequence[nn.Module]], N
 
 
 class Operands(TorchDispatchMode):
-    """Calls functions with every tensor that an operator takes, with the memory that it makes for what it gives, and
-    with two tensors of one shape before they are added."""
+    """Calls functions with every tensor that an operator takes, and with the memory that it makes for what it gives.
+
+    With two tensors of one shape, too, before they are added.
+    """
 
     def __init__(
         self,
