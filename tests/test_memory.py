@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from processes import run
 from torch import nn
 
-from rankfold import BudgetError, compress
+from rankfold import BudgetError, compress, pipeline
 from rankfold.budget import Budget
 from rankfold.calibration import moments
 from rankfold.calibration.moments import calibrate
 from rankfold.calibration.store import Stored
 from rankfold.memory import LEAST, limited, share, usual
 from rankfold.network.finding import find_layers
+from rankfold.plan import Plan
+from rankfold.planning import measure
+from rankfold.recovery import Recovery
 
 
 @pytest.mark.parametrize(
@@ -63,6 +68,28 @@ def test_a_network_is_compressed_alike_with_moments_in_files(small_cnn: nn.Modul
     assert parts.plan == whole.plan
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(parts.model.state_dict()[name], tensor)
+
+
+def test_what_was_measured_of_layers_is_gone_once_their_factors_are_made(
+    small_cnn: nn.Module, monkeypatch: pytest.MonkeyPatch
+):
+    seen, alive = [], []
+    batches = [torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))]
+
+    def measured(*given: Any, **named: Any) -> Any:
+        curves = measure(*given, **named)
+        seen.extend(weakref.ref(curve) for curve in curves)
+        return curves
+
+    def recovered(self: Recovery, student: nn.Module, model: nn.Module, plan: Plan, *given: Any) -> Any:
+        alive.append(sum(one() is not None for one in seen))
+        return student, plan
+
+    monkeypatch.setattr(pipeline, "measure", measured)
+    monkeypatch.setattr(Recovery, "apply", recovered)
+    compress(small_cnn, batches[0], decomposition="svd", budget=Budget(macs=0.5), calibration=batches)
+    assert seen
+    assert alive == [0]
 
 
 def taken(limit: str) -> None:

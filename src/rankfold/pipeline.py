@@ -146,7 +146,7 @@ def compress(
     The result is never over budget and no layer is larger, in the budget's units, than it was. Deterministic: the same
     network and settings give the same plan. Raises a RankfoldError that says what to change.
     """
-    return study(
+    made = study(
         model,
         example_inputs,
         decomposition=decomposition,
@@ -162,7 +162,11 @@ def compress(
         include=include,
         exclude=exclude,
         progress=progress,
-    ).compress(progress=progress)
+    )
+    with limited(made.memory):
+        draft = made.drafted(budget, progress)
+        made = replace(made, curves=(), widths=())  # they hold bases of every layer, which take as much as the network
+        return made.recovered(draft, progress)
 
 
 @dataclass(frozen=True)
@@ -201,9 +205,10 @@ class Study:
         meets it.
         """
         with limited(self.memory):
-            return self._compressed(budget or self.budget, progress)
+            return self.recovered(self.drafted(budget or self.budget, progress), progress)
 
-    def _compressed(self, budget: Budget, progress: Progress) -> Result:
+    def drafted(self, budget: Budget, progress: Progress = silent) -> Result:
+        """A network within a budget as its plan makes it, without what is done to it on inputs afterwards."""
         start = time.perf_counter()
         if budget.units != self.budget.units or _limits_error(budget) != _limits_error(self.budget):
             raise BudgetError(f"the study is of budgets like {self.budget}, not {budget}; make another one for it")
@@ -227,12 +232,17 @@ class Study:
             rebuilding=self.rebuilding,
             progress=progress,
         )
-        student, plan = self.recovery.apply(student, self.whole.model, plan, self.known, progress)
+        drawn = outlines(self.curves, self.widths, next(iter(budget.units), "macs"))
+        return Result(student, plan, self.seconds + time.perf_counter() - start, found.trace, drawn)
+
+    def recovered(self, draft: Result, progress: Progress = silent) -> Result:
+        """A drafted network with what is done to it on inputs; neither curves nor widths are needed for it."""
+        start = time.perf_counter()
+        student, plan = self.recovery.apply(draft.model, self.whole.model, draft.plan, self.known, progress)
         plan = verified(self.model, student, plan, self.inputs)
         setattr(student, KNOWN_PLAN, plan)
-        drawn = outlines(self.curves, self.widths, next(iter(budget.units), "macs"))
-        taken = self.seconds + time.perf_counter() - start
-        return Result(student, plan, taken, found.trace, drawn, pictures(self.known.inputs))
+        seconds = draft.seconds + time.perf_counter() - start
+        return replace(draft, model=student, plan=plan, seconds=seconds, pictures=pictures(self.known.inputs))
 
 
 def study(
