@@ -19,7 +19,7 @@ from rankfold.decompositions.cp3 import CP3
 from rankfold.decompositions.damped import damped, sensitivity
 from rankfold.decompositions.expansion import Decomposition, Expansion, Factors, Grid
 from rankfold.decompositions.metric import IDENTITY, Moment
-from rankfold.decompositions.refine import STEPS, energy_of, metric_error, reached_error, refine
+from rankfold.decompositions.refine import energy_of, metric_error, reached_error, refine
 from rankfold.decompositions.ring import RING
 from rankfold.decompositions.spatial import SPATIAL
 from rankfold.decompositions.svd import SVD
@@ -108,13 +108,13 @@ def fit(
     starts: int = 1,
     expansion: Expansion | None = None,
     moment: Moment = IDENTITY,
-    steps: int = STEPS,
+    steps: int | None = None,
 ) -> Factors:
     """Factors (float64) of a weight (g, o, i, *taps) at `ranks`: the closed form, then alternating least squares.
 
     With the `moment` of what goes into the layer all this is done in coordinates half-way to those of the metric
     (`whitening`); then what holds the outputs is solved for in the metric itself, and all factors are refined there, by
-    so many `steps` at most.
+    so many `steps` at most (more on small weights, unless given).
 
     `sweeps` overrides the decomposition's own. With more than one of `starts` the others are random, from fixed seeds,
     and the best outcome counts: where a weight has a small exact rank, alternating least squares from the closed form
