@@ -222,6 +222,31 @@ def test_tied_tensors_and_outputs_that_cannot_be_compared_are_no_obstacle() -> N
     assert torch.equal(student[1].weight, before)
 
 
+@pytest.mark.parametrize("closer", ["as it was", "as it is"])
+def test_a_part_begins_as_it_was_only_where_it_is_closer_so(closer: str) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)).eval(), torch.randn(8, 4)
+    student = copy.deepcopy(model)
+
+    def shake_() -> None:
+        with torch.no_grad():
+            for tensor in (*student.parameters(), student[1].running_mean):
+                tensor += 1
+
+    if closer == "as it is":
+        shake_()
+    attempt = Attempt(student, model, [x])
+    if closer == "as it was":
+        shake_()
+    else:
+        student.load_state_dict(model.state_dict())
+    last = student[2].weight.clone()
+    part, whole = student[:2], model[:2]
+    with torch.no_grad():
+        attempt.chosen_([*part.parameters(), *part.buffers()], lambda: float((part(x) - whole(x)).square().sum()))
+    assert all(torch.equal(part.state_dict()[name], tensor) for name, tensor in whole.state_dict().items())
+    assert torch.equal(student[2].weight, last)
+
+
 @pytest.mark.parametrize(("shape", "rows"), [((6, 700, 3), 3 * 700), ((6, 3), 6), ((6, 3, 40, 40), 6 * 1600)])
 def test_of_texts_some_tokens_are_enough_to_compare(shape: tuple[int, ...], rows: int) -> None:
     """Every token is a row, and whole examples are taken; of images, or places in them, all count."""

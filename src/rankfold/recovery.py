@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 
@@ -62,36 +62,49 @@ class Recovery:
         self, student: nn.Module, model: nn.Module, plan: Plan, known: Calibration, progress: Progress = silent
     ) -> tuple[nn.Module, Plan]:
         """The network that becomes of a student, which `plan` made from `model`, and the plan with what was done."""
-        student, plan = self._ordered(student, model, plan, known, progress)
-        student, plan = self._refined(student, model, plan, known, progress)
+        student, plan, before = self._ordered(student, model, plan, known, progress)
+        student, plan = self._refined(student, model, plan, known, before, progress)
         return self._distilled(student, model, plan, known, progress)
 
     def _ordered(
         self, student: nn.Module, model: nn.Module, plan: Plan, known: Calibration, progress: Progress
-    ) -> tuple[nn.Module, Plan]:
-        """A student fitted in forward order, or as it was where that is not asked for or does not help."""
+    ) -> tuple[nn.Module, Plan, Attempt | None]:
+        """A student fitted in forward order, with how it was, or as it was where that is not asked for or no help."""
         if not self.in_order:
-            return student, plan
+            return student, plan, None
         apart = replace(plan, settings={**plan.settings, "fitted": APART})
         few = known.samples + sum(map(examples_in, known.held)) < FEWEST
         if plan.narrowings and few:
-            return student, apart
+            return student, apart, None
         judged = [] if few else known.held or list(known.inputs)
         attempt = Attempt(student, model, judged)
         plan = refit_(
             student, model, plan, known.inputs, moments=known.moments, weights=known.weights, progress=progress
         )
-        return student, apart if attempt.taken_back() else plan
+        return (student, apart, None) if attempt.taken_back() else (student, plan, attempt)
 
     def _refined(
-        self, student: nn.Module, model: nn.Module, plan: Plan, known: Calibration, progress: Progress
+        self,
+        student: nn.Module,
+        model: nn.Module,
+        plan: Plan,
+        known: Calibration,
+        before: Attempt | None,
+        progress: Progress,
     ) -> tuple[nn.Module, Plan]:
-        """A student whose blocks were refined, with what became of them, or as it was where that did harm."""
+        """A student whose blocks were refined, with what became of them, or as it was where that did harm.
+
+        A block begins as it was `before` fits in forward order where it is closer so: they make up for what is lost in
+        front of it, which is less by then.
+        """
         if not self.refining.epochs:
             return student, plan
         attempt = Attempt(student, model, known.held)
         inputs = with_copies(known.inputs, self.refining.copies)
-        found = refine_(student, model, plan, inputs, known.held, refining=self.refining, progress=progress)
+        begun = None if before is None else before.chosen_
+        found = refine_(
+            student, model, plan, inputs, known.held, refining=self.refining, begun=begun, progress=progress
+        )
         blocks = {one.name: [one.before, one.after] for one in found}
         told = {**plan.settings, **self.refining.as_dict(), "refined_blocks": blocks}
         if found and attempt.taken_back():
@@ -148,6 +161,19 @@ class Attempt:
         for number, tensor in enumerate(self._tensors):
             tensor.copy_(self._files.read(str(number))[""])
         return True
+
+    def chosen_(self, tensors: Sequence[Tensor], error: Callable[[], float]) -> None:
+        """Makes some of the student's tensors what they were where an error is lower so."""
+        places = {storage_key(one): str(number) for number, one in enumerate(self._tensors)}
+        had = {places[storage_key(one)]: one.data for one in tensors if storage_key(one) in places}
+        if not had:
+            return
+        kept, reached = {place: one.clone() for place, one in had.items()}, error()
+        for place, tensor in had.items():
+            tensor.copy_(self._files.read(place)[""])
+        if not error() < reached:
+            for place, tensor in had.items():
+                tensor.copy_(kept[place])
 
     def _distances(self) -> Tensor | None:
         if not self._batches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,27 @@ def test_it_comes_closer_on_other_inputs_and_leaves_the_original_alone(decomposi
     flags = [[one.requires_grad for one in result.model.parameters()] for result in (plain, refined)]
     assert flags[0] == flags[1]
     assert all(one.grad is None for one in refined.model.parameters())
+
+
+def test_blocks_begin_with_the_closer_of_what_they_were_and_are() -> None:
+    """In front of a block that is refined there is less to make up for than fits in forward order did."""
+    model, held = made(), [inputs(3, 40)]
+    plain = compressed(model, 0)
+    student, plan = plain.model, plain.plan
+    met: list[list[float]] = []
+
+    def begun(tensors: Sequence[torch.Tensor], error: Callable[[], float]) -> None:
+        own, errors = [one.detach().clone() for one in tensors], [error()]
+        with torch.no_grad():
+            for tensor in tensors:
+                tensor *= 0.98
+            errors.append(error())
+            for tensor, value in zip(tensors, own, strict=True) if errors[0] <= errors[1] else ():
+                tensor.copy_(value)
+        met.append(errors)
+
+    found = refine_(student, model, plan, [inputs(0)], held, refining=Refining(1), begun=begun)
+    assert [one.before for one in found] == [min(both) for both in met]
 
 
 def test_it_is_deterministic_and_what_it_made_is_saved(tmp_path: Path) -> None:

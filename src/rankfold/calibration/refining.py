@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,8 @@ HELD = 2
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a module is called with, by position and by name."""
+Choice = Callable[[Sequence[Tensor], Callable[[], float]], None]
+"""What writes other values into some tensors where an error is lower with them, or leaves them as they are."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,14 @@ def refine_(
     held: Iterable[Inputs],
     *,
     refining: Refining,
+    begun: Choice | None = None,
     progress: Progress = silent,
 ) -> list[Refined]:
     """Refines the student's blocks in place; one stays as it was where its error on `held` inputs does not fall.
 
     `student` is the model as `plan` compressed it. An epoch is a pass over `batches`; where memory does not hold what
-    goes into an early block, some are left out there. Deterministic. Raises DataError for batches that do not fit the
+    goes into an early block, some are left out there. `begun` chooses what a block begins with, by its error on `held`
+    inputs. Deterministic. Raises DataError for batches that do not fit the
     model, ModelError for given blocks that cannot be looked at alone, ArtifactError for a checkpoint of another run.
     """
     judged, seen = split(held, refining.batch_size), split(batches, refining.batch_size)
@@ -129,10 +133,12 @@ def refine_(
             wanted = [first_tensor(one) for one, _ in calls]
             if all(one is not None for one in wanted):
                 inputs, own_parameters = [call for _, call in calls], _own(student, module)
+                targets = _mixed(original, inputs, cast("list[Tensor]", wanted), refining.mixed)
+                examples = _Examples(inputs, targets, len(judged), weights.get(behind.get(name, name)))
+                if begun is not None:
+                    begun([*own_parameters, *module.buffers()], partial(examples.error, module))
                 done = kept.read_(place, own_parameters)
                 if done is None:
-                    targets = _mixed(original, inputs, cast("list[Tensor]", wanted), refining.mixed)
-                    examples = _Examples(inputs, targets, len(judged), weights.get(behind.get(name, name)))
                     done = _descended(module, own_parameters, examples, refining.epochs)
                     kept.write(place, own_parameters, done)
                 found.append(Refined(name, *done))

@@ -46,9 +46,10 @@ LARGE, SMALLER = 192, 96
 """Smallest side from which on images are made of half the size, where a network takes them, and how many at least."""
 CORRELATION = 0.9
 """Correlation between colours."""
-STEPS = 15
-"""Steps of gradient descent per batch. They are most of the time where images are large; small ones gain by twice as
-many (ResNet-20, `cp3` at 50, 30 and 20 % of the MACs: 91.4, 89.0 and 82.9 by 15, 91.5, 89.4 and 83.9 by 30)."""
+STEPS, MORE_STEPS = 15, 30
+"""Steps of gradient descent per batch, and those of small inputs, of which `SAMPLES` are made. They are most of the
+time where images are large; ResNet-20 gains by more (`cp3` at 50, 30 and 20 % of the MACs: 91.4, 89.0 and 82.9 by 15,
+91.5, 89.4 and 83.9 by 30)."""
 RATE = 0.3
 """Learning rate of the first step (Adam); it falls to zero along a cosine."""
 MOMENTUM = 0.5
@@ -202,7 +203,7 @@ def synthetic_inputs(
     count: int,
     *,
     seed: int = 0,
-    steps: int = STEPS,
+    steps: int | None = None,
     batch_size: int = BATCH,
     progress: Progress = silent,
 ) -> list[Tensor]:
@@ -211,6 +212,7 @@ def synthetic_inputs(
     The same seed gives the same inputs. The model is left as it is.
     """
     generator = torch.Generator().manual_seed(seed)
+    steps = (MORE_STEPS if usual_count(shape) == SAMPLES else STEPS) if steps is None else steps
     sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
     if batch_size != BATCH:  # the network takes batches of this size alone
         sizes = [batch_size] * len(sizes)
