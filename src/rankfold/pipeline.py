@@ -163,10 +163,9 @@ def compress(
         exclude=exclude,
         progress=progress,
     )
-    with limited(made.memory):
-        draft = made.drafted(budget, progress)
-        made = replace(made, curves=(), widths=())  # they hold bases of every layer, which take as much as the network
-        return made.recovered(draft, progress)
+    draft = made.drafted(budget, progress)
+    made = replace(made, curves=(), widths=())  # they hold bases of every layer, which take as much as the network
+    return made.recovered(draft, progress)
 
 
 @dataclass(frozen=True)
@@ -204,8 +203,7 @@ class Study:
         Raises BudgetError for a budget in other units, or if only one of the two limits the error, and where no plan
         meets it.
         """
-        with limited(self.memory):
-            return self.recovered(self.drafted(budget or self.budget, progress), progress)
+        return self.recovered(self.drafted(budget or self.budget, progress), progress)
 
     def drafted(self, budget: Budget, progress: Progress = silent) -> Result:
         """A network within a budget as its plan makes it, without what is done to it on inputs afterwards."""
@@ -222,24 +220,26 @@ class Study:
             self.whole_choice,
             self.compiled,
         )
-        found = punctual_plan(task, self.layers, self.curves, self.widths, progress=progress)
-        plan = replace(found.plan, settings={**found.plan.settings, **self.settings})
-        student, plan = apply_plan(
-            self.model,
-            plan,
-            factors=found.factors,
-            moments=self.known.moments,
-            rebuilding=self.rebuilding,
-            progress=progress,
-        )
+        with limited(self.memory):
+            found = punctual_plan(task, self.layers, self.curves, self.widths, progress=progress)
+            plan = replace(found.plan, settings={**found.plan.settings, **self.settings})
+            student, plan = apply_plan(
+                self.model,
+                plan,
+                factors=found.factors,
+                moments=self.known.moments,
+                rebuilding=self.rebuilding,
+                progress=progress,
+            )
         drawn = outlines(self.curves, self.widths, next(iter(budget.units), "macs"))
         return Result(student, plan, self.seconds + time.perf_counter() - start, found.trace, drawn)
 
     def recovered(self, draft: Result, progress: Progress = silent) -> Result:
         """A drafted network with what is done to it on inputs; neither curves nor widths are needed for it."""
         start = time.perf_counter()
-        student, plan = self.recovery.apply(draft.model, self.whole.model, draft.plan, self.known, progress)
-        plan = verified(self.model, student, plan, self.inputs)
+        with limited(self.memory):
+            student, plan = self.recovery.apply(draft.model, self.whole.model, draft.plan, self.known, progress)
+            plan = verified(self.model, student, plan, self.inputs)
         setattr(student, KNOWN_PLAN, plan)
         seconds = draft.seconds + time.perf_counter() - start
         return replace(draft, model=student, plan=plan, seconds=seconds, pictures=pictures(self.known.inputs))

@@ -158,22 +158,25 @@ class Attempt:
         """Whether the outputs are farther from the original's by now, and the student is therefore as it was."""
         if self._had is None or (has := self._distances()) is None or not is_farther(self._had, has):
             return False
-        for number, tensor in enumerate(self._tensors):
-            tensor.copy_(self._files.read(str(number))[""])
+        self._put_back_(range(len(self._tensors)))
         return True
 
     def chosen_(self, tensors: Sequence[Tensor], error: Callable[[], float]) -> None:
         """Makes some of the student's tensors what they were where an error is lower so."""
-        places = {storage_key(one): str(number) for number, one in enumerate(self._tensors)}
-        had = {places[storage_key(one)]: one.data for one in tensors if storage_key(one) in places}
-        if not had:
+        own = {storage_key(one) for one in tensors}
+        places = [place for place, one in enumerate(self._tensors) if storage_key(one) in own]
+        if not places:
             return
-        kept, reached = {place: one.clone() for place, one in had.items()}, error()
-        for place, tensor in had.items():
-            tensor.copy_(self._files.read(place)[""])
+        kept, reached = [self._tensors[place].clone() for place in places], error()
+        self._put_back_(places)
         if not error() < reached:
-            for place, tensor in had.items():
-                tensor.copy_(kept[place])
+            for place, value in zip(places, kept, strict=True):
+                self._tensors[place].copy_(value)
+
+    def _put_back_(self, places: Iterable[int]) -> None:
+        """Makes the tensors at some places what they were."""
+        for place in places:
+            self._tensors[place].copy_(self._files.read(str(place))[""])
 
     def _distances(self) -> Tensor | None:
         if not self._batches:

@@ -111,8 +111,8 @@ def refine_(
 
     `student` is the model as `plan` compressed it. An epoch is a pass over `batches`; where memory does not hold what
     goes into an early block, some are left out there. `begun` chooses what a block begins with, by its error on `held`
-    inputs. Deterministic. Raises DataError for batches that do not fit the
-    model, ModelError for given blocks that cannot be looked at alone, ArtifactError for a checkpoint of another run.
+    inputs. Deterministic. Raises DataError for batches that do not fit the model, ModelError for given blocks that
+    cannot be looked at alone, ArtifactError for a checkpoint of another run.
     """
     judged, seen = split(held, refining.batch_size), split(batches, refining.batch_size)
     if not (refining.epochs and seen and judged):
@@ -133,14 +133,15 @@ def refine_(
             wanted = [first_tensor(one) for one, _ in calls]
             if all(one is not None for one in wanted):
                 inputs, own_parameters = [call for _, call in calls], _own(student, module)
-                targets = _mixed(original, inputs, cast("list[Tensor]", wanted), refining.mixed)
-                examples = _Examples(inputs, targets, len(judged), weights.get(behind.get(name, name)))
-                if begun is not None:
-                    begun([*own_parameters, *module.buffers()], partial(examples.error, module))
-                done = kept.read_(place, own_parameters)
+                state = [*own_parameters, *module.buffers()]
+                done = kept.read_(place, state)
                 if done is None:
+                    targets = _mixed(original, inputs, cast("list[Tensor]", wanted), refining.mixed)
+                    examples = _Examples(inputs, targets, len(judged), weights.get(behind.get(name, name)))
+                    if begun is not None:
+                        begun(state, partial(examples.error, module))
                     done = _descended(module, own_parameters, examples, refining.epochs)
-                    kept.write(place, own_parameters, done)
+                    kept.write(place, state, done)
                 found.append(Refined(name, *done))
             trim()
     progress("refining blocks", len(blocks), len(blocks))
@@ -197,30 +198,30 @@ class _Kept:
             raise ArtifactError(f"{refining.checkpoint} cannot be a checkpoint's folder: {error.strerror}") from error
         return cls(refining.checkpoint, hashlib.sha256(told.encode()).hexdigest())
 
-    def read_(self, place: int, parameters: Sequence[nn.Parameter]) -> tuple[float, float] | None:
-        """Writes what a block became into its parameters, and returns its errors before and after, if it is done."""
+    def read_(self, place: int, state: Sequence[Tensor]) -> tuple[float, float] | None:
+        """Writes what a block became into its tensors, and returns its errors before and after, if it is done."""
         if self.folder is None or not self._file(place).is_file():
             return None
         try:
             with safe_open(self._file(place), framework="pt") as file:
                 told = file.metadata() or {}
-                values = [file.get_tensor(str(k)) for k in range(len(parameters))] if told["run"] == self.run else None
+                values = [file.get_tensor(str(k)) for k in range(len(state))] if told["run"] == self.run else None
                 before, after = float(told["before"]), float(told["after"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ArtifactError(f"{self._file(place)} cannot be read ({error}); remove it") from error
         if values is None:
             raise ArtifactError(f"{self.folder} is the checkpoint of another run; remove it, or give another folder")
-        _write_(parameters, values)
+        _write_(state, values)
         return before, after
 
-    def write(self, place: int, parameters: Sequence[nn.Parameter], errors: tuple[float, float]) -> None:
+    def write(self, place: int, state: Sequence[Tensor], errors: tuple[float, float]) -> None:
         """Keeps a block; of several processes, which all do the same, one writes."""
         if self.folder is None or not owned(0):
             return
         told = {"run": self.run, "before": repr(errors[0]), "after": repr(errors[1])}
         partial = self._file(place).with_suffix(".partial")
         try:
-            save_file({str(k): one.detach().clone() for k, one in enumerate(parameters)}, partial, metadata=told)
+            save_file({str(k): one.detach().clone() for k, one in enumerate(state)}, partial, metadata=told)
             partial.replace(self._file(place))
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
@@ -309,9 +310,9 @@ def _own(model: nn.Module, module: nn.Module) -> list[nn.Parameter]:
     return [one for one in module.parameters() if one not in shared and one.dtype in (torch.float32, torch.float64)]
 
 
-def _write_(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.data.copy_(value)
+def _write_(state: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(state, values, strict=True):
+        tensor.data.copy_(value)
 
 
 def _fresh(call: Call) -> Call:
