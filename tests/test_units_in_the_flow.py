@@ -15,10 +15,13 @@ from blocks import BLOCKS, Bottleneck, built, images  # type: ignore[import-not-
 from torch import nn
 
 from rankfold import Budget, BudgetError, PlanError, UnknownNameError, compress, load, save, study, units
+from rankfold.calibration.asked import calibrated
 from rankfold.calibration.walks import walking
 from rankfold.evaluation import accuracy
+from rankfold.network.finding import find_layers
 from rankfold.network.passes import parted, run
 from rankfold.plan import Plan
+from rankfold.progress import silent
 from rankfold.recovery import Attempt
 from rankfold.search.network_objectives import divergences
 from rankfold.search.prices import priced
@@ -266,6 +269,17 @@ def test_inputs_are_held_back_in_part() -> None:
     assert torch.equal(torch.cat([one["x"] for one in kept]), torch.arange(8))
     assert [one["x"].tolist() for one in held] == [[8, 9], [10, 11, 12, 13, 14]]
     assert parted(batches[:1], 6, 7) == (batches[:1], [])
+
+
+@pytest.mark.parametrize(("tokens", "held"), [(1024, 4), (64, 8)])
+def test_of_texts_no_more_is_held_back_than_is_compared(tokens: int, held: int) -> None:
+    """An eighth, or blocks that hold a few thousand rows of outputs; what is not held back is learned from."""
+    model = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16))
+    rows = torch.randint(16, (64, tokens), generator=torch.Generator().manual_seed(0))
+    layers = find_layers(model, rows[:1])
+    known = calibrated(model, layers, rows[:1], [rows], samples=None, of_weights=False, progress=silent)
+    assert sum(map(len, known.held)) == held
+    assert known.samples == len(rows) - held
 
 
 def test_passes_wait_and_go_on() -> None:

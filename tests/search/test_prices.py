@@ -38,8 +38,10 @@ def curves_of(model: nn.Module, x: torch.Tensor) -> tuple[Curve, ...]:
     return priced(model, curves, (), moments, [x])[0]
 
 
-def test_prices_are_divergences() -> None:
-    """The price of an error that was made is what the network's output diverges by with it."""
+@pytest.mark.parametrize("logits", [1, 2**20])
+def test_prices_are_divergences(logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The price of an error that was made is what the network's output diverges by with it, however it is summed."""
+    monkeypatch.setattr(network_objectives, "IN_PART", logits)
     model, x = Branches(), torch.randn(64, 24)
     (loud, _) = curves_of(model, x)
     assert loud.exact is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from rankfold.calibration.moments import Calibration, calibrate
 from rankfold.calibration.synthetic import advice, synthetic_like
 from rankfold.errors import UnknownNameError
 from rankfold.network.finding import Layers
-from rankfold.network.passes import Inputs, examples_in, few, parted
+from rankfold.network.passes import Inputs, examples_in, few, output_of, parted, run
 from rankfold.network.precision import takes_bfloat16
 from rankfold.progress import Progress
 
@@ -20,6 +21,8 @@ HELD_SHARE = 8
 """Of how many calibration inputs one is held back from the moments where errors are priced on the network."""
 HELD_MOST = 64
 """How many are held back at most."""
+HELD_ROWS = 2**12
+"""Rows of outputs, about, that those hold at most which have one for every token: comparisons take no more."""
 
 
 def calibrated(
@@ -54,10 +57,20 @@ def calibrated(
     elif isinstance(given, str):
         raise UnknownNameError("calibration", given, ("auto", "none", "synthetic"))
     batches = list(given) if isinstance(given, Iterator) else given  # the fits go over them again
-    batches, held = (batches, []) if of_weights else parted(batches, HELD_SHARE, HELD_MOST)
+    batches, held = (batches, []) if of_weights else parted(batches, HELD_SHARE, _held_most(model, batches))
     narrow = not of_weights and all(takes_bfloat16(model, one) for one in few(batches, 1))
     known = calibrate(model, layers.found, batches, source=source, reason=reason, narrow=narrow, progress=progress)
     return replace(known, held=held)
+
+
+def _held_most(model: nn.Module, batches: Iterable[Inputs]) -> int:
+    """How many inputs are held back at most."""
+    for one in few(batches, 1):
+        with suppress(Exception):  # a batch that does not fit is told of when moments are measured
+            output = output_of(run(model, one))
+            if output.ndim == 3:
+                return min(HELD_MOST, -(-HELD_ROWS * examples_in(one) // output[..., 0].numel()))
+    return HELD_MOST
 
 
 def provenance(known: Calibration, in_order: bool) -> dict[str, Any]:

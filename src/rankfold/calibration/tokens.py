@@ -11,8 +11,9 @@ import math
 from typing import Any, cast
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float64, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from rankfold.errors import DataError
 from rankfold.network.hooks import attached
@@ -27,8 +28,9 @@ class Drawn:
     """A draw from a model's distribution over the next token, none that ends a row, as what `generate` calls a
     processor of logits: what it gives back leaves one token to choose.
 
-    One number per row is drawn, always on the CPU, and looked up in the cumulative distribution: `generate`'s own way
-    draws one for every token there is, which takes a quarter of the time of a small network's pass.
+    One number per row is drawn, always on the CPU, and looked up in the cumulative distribution, first of groups of
+    tokens and then of those of one: `generate`'s own way draws one for every token there is, which takes a quarter of
+    the time of a small network's pass, and sums over all tokens one after another take a seventh.
     """
 
     def __init__(self, model: nn.Module, seed: int) -> None:
@@ -40,10 +42,25 @@ class Drawn:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.float()
         scores[:, self.ends] = -torch.inf
-        reached = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-        share = torch.rand(len(scores), 1, generator=self.generator, dtype=torch.float64).to(reached.device)
-        drawn = torch.searchsorted(reached, share * reached[:, -1:], right=True)
+        count = scores.shape[1]
+        size = math.ceil(count**0.5)
+        groups = functional.pad(scores.softmax(-1), (0, size**2 - count)).unflatten(1, (size, size))
+        level = torch.rand(len(scores), 1, generator=self.generator, dtype=torch.float64).to(scores.device)
+        group, level = _reached(groups.sum(-1, dtype=torch.float64), level)
+        token, _ = _reached(groups.take_along_dim(group[..., None], 1)[:, 0].double(), level)
+        drawn = (group * size + token).clamp_max(count - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+
+def _reached(
+    shares: Float64[Tensor, "rows n"], level: Float64[Tensor, "rows 1"]
+) -> tuple[Int[Tensor, "rows 1"], Float64[Tensor, "rows 1"]]:
+    """Where the sums of shares reach a level, from 0 to 1 of all of them, and the level within the share there."""
+    sums = shares.cumsum(-1)
+    level = level * sums[:, -1:]
+    place = torch.searchsorted(sums, level, right=True).clamp_max(shares.shape[1] - 1)
+    own = shares.gather(1, place)
+    return place, (level - sums.gather(1, place) + own) / own
 
 
 def tokens_of(model: nn.Module, example_inputs: Inputs) -> tuple[int | str, int] | None:

@@ -229,6 +229,12 @@ def over_classes(output: Tensor) -> bool:
     return output.ndim > 1 and output.shape[class_axis(output)] > 1
 
 
+def rows_of(output: Tensor, axis: int) -> tuple[Float[Tensor, "rows classes"], ...]:
+    """Outputs with their classes last, in parts of about `IN_PART` logits."""
+    rows = output.movedim(axis, -1).flatten(0, -2)
+    return rows.split(max(1, IN_PART // rows.shape[-1]))
+
+
 def softened(output: Tensor, taught: Tensor, temperature: float) -> Tensor:
     """T² times the Kullback-Leibler divergence of the softmax at T from the teacher's, over the classes, per row.
 
@@ -245,9 +251,7 @@ def softened(output: Tensor, taught: Tensor, temperature: float) -> Tensor:
 def _divergence(output: Tensor, taught: Tensor, temperature: float) -> Float[Tensor, " rows"]:
     """T² times the Kullback-Leibler divergence of the softmax at T from the teacher's, row by row."""
     axis, found = class_axis(taught), []
-    rows, aims = (one.movedim(axis, -1).flatten(0, -2) for one in (output, taught))
-    few = max(1, IN_PART // rows.shape[-1])
-    for part in zip(rows.split(few), aims.split(few), strict=True):
+    for part in zip(rows_of(output, axis), rows_of(taught, axis), strict=True):
         own, other = (functional.log_softmax(one.float() / temperature, -1) for one in part)
         found.append(functional.kl_div(own, other, reduction="none", log_target=True).sum(-1))
     return temperature**2 * torch.cat(found)

@@ -30,7 +30,7 @@ from rankfold.network.replay import Replay
 from rankfold.plan import LayerSpec
 from rankfold.progress import Progress, silent
 from rankfold.search.curves import Curve, FloatArray, Price
-from rankfold.search.network_objectives import class_axis, over_classes
+from rankfold.search.network_objectives import class_axis, over_classes, rows_of
 from rankfold.search.widths import Width
 from rankfold.sharing import everywhere, owned
 
@@ -105,13 +105,15 @@ def _divergence_from(whole: Tensor, *, classes: bool) -> Callable[[Tensor], floa
         energy = whole.square().sum().clamp_min(1e-30)
         return lambda output: float((output.float() - whole).square().sum() / energy)
     axis = class_axis(whole)
-    taught = functional.softmax(whole.float() / TEMPERATURE, axis)
+    taught = rows_of(functional.softmax(whole.float() / TEMPERATURE, axis), axis)
 
     def divergence(output: Tensor) -> float:
-        apart = (output.float() - whole.float()).nan_to_num_(0.0, 0.0, -torch.inf) / TEMPERATURE  # of masked classes
-        mean = (taught * apart).sum(axis)
-        grown = (taught * apart.expm1_()).sum(axis).log1p()
-        return TEMPERATURE**2 * float((grown - mean).mean(dtype=torch.float64))
+        lost = 0.0
+        for own, theirs, shares in zip(rows_of(output, axis), rows_of(whole, axis), taught, strict=True):
+            apart = (own.float() - theirs.float()).nan_to_num_(0.0, 0.0, -torch.inf) / TEMPERATURE  # of masked classes
+            mean = (shares * apart).sum(-1)
+            lost += float(((shares * apart.expm1_()).sum(-1).log1p() - mean).sum(dtype=torch.float64))
+        return TEMPERATURE**2 * lost / sum(map(len, taught))
 
     return divergence
 
