@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from rankfold import Budget, compress
 from rankfold.calibration.moments import calibrate
-from rankfold.calibration.positions import LEAST, by_row, position_weights
+from rankfold.calibration.positions import LEAST, Importance, by_row, importance, position_weights
 from rankfold.network.finding import find_layers
 
 PLACES, WIDTH = 33, 12
@@ -68,6 +68,24 @@ def test_elsewhere_all_places_count_alike(reads: str):
     assert position_weights(Encoder(reads).eval(), ["layers.0.linear1", "layers.1.linear2"], inputs()) == {}
 
 
+def test_directions_that_nothing_reads_count_least():
+    """Of what a layer gives, features that the next one multiplies by zero, and sums of features that it takes away."""
+    model = Encoder("first").eval()
+    last = model.layers[1].linear2
+    with torch.no_grad():
+        model.head.weight[:, :3] = 0
+        model.head.weight[:, 4] = -model.head.weight[:, 3]
+    found = importance(model, ["layers.1.linear2", "head"], inputs())
+    assert set(found.outputs) == {"layers.1.linear2"}, "the head gives one row for an example"
+    (metric,) = found.outputs["layers.1.linear2"]
+    assert metric.shape == (last.out_features, last.out_features)
+    assert metric.trace() / len(metric) == pytest.approx(1, rel=1e-5)
+    torch.testing.assert_close(metric[:3], LEAST * torch.eye(len(metric))[:3], atol=1e-6, rtol=0)
+    alike = torch.zeros(len(metric))
+    alike[3:5] = 1
+    torch.testing.assert_close(metric @ alike, LEAST * alike, atol=1e-5, rtol=0)
+
+
 def test_the_network_stays_as_it_was():
     model = Encoder("first").train()
     model.layers[0].requires_grad_(False)
@@ -122,19 +140,22 @@ def test_moments_are_weighted_means():
 
 
 def test_what_is_read_comes_out_closer(monkeypatch: pytest.MonkeyPatch):
-    """At the same budget, with weights and without, on inputs that were not seen."""
+    """At the same budget, on inputs that were not seen: with weights of places, and metrics beside them; in blocks too."""
     model = Encoder("first").eval()
     others = torch.cat(inputs(200, seed=2))
-    lost = []
-    for module in ("moments", "refining"):
-        for weights in (position_weights, lambda *_: {}):
-            monkeypatch.setattr(f"rankfold.calibration.{module}.position_weights", weights)
-            made = compress(
-                model, others[:1], decomposition="svd", budget=Budget(params=0.5), calibration=inputs(400),
-                refine=2 if module == "refining" else 0,
-            ).model  # fmt: skip
-            with torch.no_grad():
-                lost.append(float((made(others) - model(others)).square().mean()))
-        monkeypatch.undo()
-    assert lost[0] < lost[1]
-    assert lost[2] < lost[3]
+
+    def lost(counted: Importance, weights: Mapping[str, torch.Tensor], refine: int = 0) -> float:
+        monkeypatch.setattr("rankfold.calibration.moments.importance", lambda *_: counted)
+        monkeypatch.setattr("rankfold.calibration.refining.position_weights", lambda *_: weights)
+        made = compress(
+            model, others[:1], decomposition="svd", budget=Budget(params=0.5), calibration=inputs(400), refine=refine
+        ).model
+        with torch.no_grad():
+            return float((made(others) - model(others)).square().mean())
+
+    layers = find_layers(model, others[:1]).found
+    counted = importance(model, [layer.name for layer in layers], inputs(400))
+    places = Importance(counted.places)
+    assert lost(counted, {}) < lost(places, {}) < lost(Importance(), {})
+    blocks = position_weights(model, ["layers.0", "layers.1"], inputs(400))
+    assert lost(places, blocks, refine=2) < lost(places, {}, refine=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from typing import cast
 
@@ -47,6 +48,20 @@ def test_a_moment_in_float32_gives_the_same_order(alike: float) -> None:
     exact = eliminate(weight, Moment(joint=cast(Tensor, narrow.joint).double()), 24, 1)
     assert found.order.tolist() == exact.order.tolist()
     assert found.errors == pytest.approx(exact.errors, rel=1e-5, abs=1e-12)
+
+
+def test_outputs_that_count_little_have_little_say() -> None:
+    """Channels are ordered, and their errors told, as those of the weight of which all outputs count alike."""
+    weight, moment = made(10, 8)
+    metric = torch.cov(torch.randn(10, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[None]
+    two_sided = replace(moment, outputs=metric)
+    found, expected = eliminate(weight, two_sided, 8, 1), eliminate(two_sided.counted(weight), moment, 8, 1)
+    assert found.order.tolist() == expected.order.tolist()
+    for width in range(1, 9):
+        columns = entries(found.kept(width), 1)
+        assert found.error(width) == pytest.approx(expected.error(width), abs=1e-9)
+        assert interpolation_error(weight, two_sided, columns) == pytest.approx(found.error(width), rel=1e-3, abs=1e-5)
+        assert torch.equal(interpolated(weight, two_sided, columns), interpolated(weight, moment, columns))
 
 
 def test_near_the_best_of_all_subsets() -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from rankfold import Budget, compress
 from rankfold.calibration.moments import calibrate
-from rankfold.decompositions import expand, fit, metric_error, wiring_of
+from rankfold.decompositions import expand, fit, metric_error, reconstruct, wiring_of
 from rankfold.decompositions.metric import IDENTITY, Moment
 from rankfold.network.finding import find_layers
 from rankfold.network.kinds import shape_of, weight_of
@@ -54,6 +54,28 @@ def test_the_matrix_form_is_the_whitened_singular_value_decomposition(label: str
         singular = torch.linalg.svdvals(matrix @ root).square()
         best = float(singular[..., rank:].sum() / singular.sum())
         assert metric_error(weight, wiring_of("svd", shape), found, moment) == pytest.approx(best, abs=1e-9)
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(12, 20), (20, 12)])
+def test_where_outputs_have_a_metric_it_is_the_singular_value_decomposition_between_both(outputs: int, inputs: int):
+    """‖H^½ (W − Ŵ) Σ^½‖ is least, and so it is once more for some of the outputs and inputs."""
+    torch.manual_seed(0)
+    layer = nn.Linear(inputs, outputs)
+    square, metric = (torch.cov(torch.randn(size, 3 * size).double())[None] for size in (inputs, outputs))
+    moment = Moment(joint=square, positions=1000, outputs=metric)
+    rows, columns = (torch.arange(0, size, 2)[None] for size in (outputs, inputs))
+    some = moment.of_outputs(rows).of_inputs(columns, 1)
+    narrow = nn.Linear(columns.numel(), rows.numel())
+    for module, known in ((layer, moment), (narrow, some)):
+        shape, weight = shape_of(module), weight_of(module).double()
+        left, right = (torch.linalg.cholesky(one[0]) for one in (known.outputs, known.joint))
+        values = torch.linalg.svdvals(left.T @ weight[0] @ right).square()
+        found = fit("svd", weight, shape, (4,), moment=known)
+        lost = weight[0] - reconstruct(wiring_of("svd", shape), found)[0]
+        assert float((left.T @ lost @ right).square().sum()) == pytest.approx(float(values[4:].sum()), rel=1e-8)
+        expected = float(values[4:].sum() / values.sum())
+        assert metric_error(weight, wiring_of("svd", shape), found, known) == pytest.approx(expected, rel=1e-8)
+        assert expand("svd", weight, shape, known).grids()[0].errors[3] == pytest.approx(expected, rel=1e-8)
 
 
 @pytest.mark.parametrize("name", ["svd", "spatial"])

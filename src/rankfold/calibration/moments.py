@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.calibration.patches import thinning_of
-from rankfold.calibration.positions import position_weights, weighted_patches
-from rankfold.calibration.store import Stored
+from rankfold.calibration.positions import Importance, importance, weighted_patches
+from rankfold.calibration.store import Changed, Stored
 from rankfold.calibration.sums import PRODUCT, SKETCH, MomentSum
 from rankfold.decompositions.metric import Moment
 from rankfold.errors import DataError, reason_of
@@ -45,7 +45,8 @@ class Calibration:
 
     `inputs` are the batches themselves, empty where they were used up by measuring; `samples` counts what is in them.
     `held` are others, on which what was made by the moments is judged. `weights` are those of the places of layers'
-    outputs, where they count unequally. `narrow` says that passes were in bfloat16.
+    outputs, where they count unequally. `narrow` says that passes were in bfloat16, `directed` which
+    layers' outputs have a metric in their moments.
     """
 
     moments: Mapping[str, Moment]
@@ -59,6 +60,7 @@ class Calibration:
     approximate: Mapping[str, str] = field(default_factory=dict)
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     narrow: bool = False
+    directed: Sequence[str] = ()
 
 
 def calibrate(
@@ -78,16 +80,18 @@ def calibrate(
     evaluation mode, and left as it was. Where moments take more than a share of the memory there is (`rankfold.memory`)
     they are measured part by part and kept in files. Where patches are few for their size, moments are mixed with the
     identity (`Moment.shrunk`) unless `shrink` is false. Where a network's outputs hang on a few places of what a layer
-    gives, such as a class token, these count more (`rankfold.calibration.positions`). Passes, but not the sums, are in
-    bfloat16 where they are to be `narrow`: fits of ResNet-50's layers by such moments have 0.01 to 0.2 % more of an
-    error, by those of half of 200 images 1.3 to 360 %. A layer that is never called is listed as missing. Raises
+    gives, such as a class token, these count more, and directions there have a metric
+    (`rankfold.calibration.positions`). Passes, but not the sums, are in bfloat16 where they are to be `narrow`: fits of
+    ResNet-50's layers by such moments have 0.01 to 0.2 % more of an error, by those of half of 200 images 1.3 to 360 %.
+    A layer that is never called is listed as missing. Raises
     DataError for batches that are empty, do not fit the model, or lead to values that are not finite.
     """
     owners = {model.get_submodule(name): layer.name for layer in layers for name in (layer.name, *layer.aliases)}
     owners = {module: name for module, name in owners.items() if not known_kind(module).lookup}
     once = isinstance(batches, Iterator)
     matrices = [layer.name for layer in layers if known_kind(model.get_submodule(layer.name)).axes == 0]
-    weights = {} if once else position_weights(model, matrices, batches)
+    counts = Importance() if once else importance(model, matrices, batches)
+    weights = counts.places
     parts, taken = _in_memory(owners, {}, once=once)
     if taken > share(SHARE) and not once:  # where there is room, nobody needs to know
         parts, taken = _in_memory(owners, _firsts(model, owners, weights, batches), once=once)
@@ -110,7 +114,11 @@ def calibrate(
         if layer.name not in moments
     }
     kept = () if once else batches
-    return Calibration(moments, missing, count, source, reason, samples, kept, (), approximate, weights, narrow)
+    known: Mapping[str, Moment] = moments
+    if counts.outputs:
+        known = Changed(moments, lambda name, one: replace(one, outputs=counts.outputs.get(name)))
+    directed = tuple(sorted(counts.outputs))
+    return Calibration(known, missing, count, source, reason, samples, kept, (), approximate, weights, narrow, directed)
 
 
 def _in_memory(

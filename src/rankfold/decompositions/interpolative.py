@@ -11,7 +11,7 @@ width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -66,7 +66,7 @@ def eliminate(weight: Float[Tensor, "g o i *taps"], moment: Moment, channels: in
     channels loses as many; groups of the layer lie in parts, or parts in groups. Where nothing is known of the inputs,
     or nothing ever came in, all count alike.
     """
-    flat, square = weight.double().flatten(2), whole(moment, weight)
+    flat, square = moment.counted(weight.double()).flatten(2), whole(moment, weight)
     groups = len(flat)
     total = float(((flat @ square) * flat).sum())
     if groups >= parts:  # parts are made of whole groups or are groups; others would need a common order
@@ -107,9 +107,11 @@ def interpolated(
 def interpolation_error(weight: Float[Tensor, "g o i *taps"], moment: Moment, columns: Tensor) -> float:
     """The squared relative error of a layer's output once only some inputs are kept, and the weight is rebuilt."""
     residual = weight.double() - padded(interpolated(weight, moment, columns), weight.shape[2], columns)
-    square, flat = whole(moment, weight), weight.double().flatten(2)
+    square, (flat, residual) = (
+        whole(moment, weight),
+        (moment.counted(one).flatten(2) for one in (weight.double(), residual)),
+    )
     energy = float(((flat @ square) * flat).sum())
-    residual = residual.flatten(2)
     return float(((residual @ square) * residual).sum()) / energy if energy > 0 else 0.0
 
 
@@ -138,7 +140,11 @@ def whole(moment: Moment, weight: Float[Tensor, "g o i *taps"]) -> Float64[Tenso
     if square is None:
         size = weight[0, 0].numel()
         identity = torch.eye(size, dtype=torch.float64, device=weight.device).expand(len(weight), size, size)
-        square = moment.applied(identity.reshape(len(weight), size, *weight.shape[2:])).reshape(identity.shape)
+        square = (
+            replace(moment, outputs=None)
+            .applied(identity.reshape(len(weight), size, *weight.shape[2:]))
+            .reshape(identity.shape)
+        )
     square = square.to(weight.device, torch.float64, copy=True)
     mean = square.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     square.diagonal(dim1=-2, dim2=-1).add_(torch.where(mean > 0, RIDGE * mean, 1.0))

@@ -1,17 +1,21 @@
 """The metric: what makes an error of a layer's weight the error of its output.
 
-Over the input patches x a layer sees, E‖(W − Ŵ) x‖² is tr (W − Ŵ) Σ (W − Ŵ)ᵀ with Σ = E[x xᵀ]. `calibration` measures
-Σ.
+Over the input patches x a layer sees, E‖(W − Ŵ) x‖² is tr (W − Ŵ) Σ (W − Ŵ)ᵀ with Σ = E[x xᵀ]. Where outputs do not
+count alike it is tr H (W − Ŵ) Σ (W − Ŵ)ᵀ, with H their metric. `calibration` measures Σ, and H.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import cast
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
+
+LEAST = 1e-9
+"""Smallest eigenvalue of the metric of outputs, as a share of the largest."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Moment:
     taken to be the Kronecker product of that of the inputs (g, i, i), the mean over taps, and that of the taps (g,
     t, t), the mean over inputs, divided by the mean square; or, where there are no taps, it is rowsᵀ rows + ridge ·
     1 with a few `rows` (g, k, n), patches or a sketch of them. Without any of them it is the identity. `positions`
-    is how many patches were seen; `mean` is E[x], where it is kept.
+    is how many patches were seen; `mean` is E[x], where it is kept. `outputs` is H, where outputs do not count alike.
     """
 
     joint: Float[Tensor, "g n n"] | None = None
@@ -32,6 +36,7 @@ class Moment:
     ridge: float = 0.0
     positions: int = 0
     mean: Float64[Tensor, "g n"] | None = None
+    outputs: Float[Tensor, "g o o"] | None = None
 
     def centred(self) -> Moment:
         """The moment about the mean, where it is known: what counts where a bias can take the mean."""
@@ -60,6 +65,25 @@ class Moment:
         if self.inputs is not None:
             return replace(self, inputs=torch.stack([self.inputs[g][one][:, one] for g, one in enumerate(chosen)]))
         return self
+
+    def of_outputs(self, chosen: Int64[Tensor, "g kept"]) -> Moment:
+        """The moment for some outputs of every group."""
+        if self.outputs is None:
+            return self
+        return replace(self, outputs=torch.stack([self.outputs[g][one][:, one] for g, one in enumerate(chosen)]))
+
+    @cached_property
+    def root(self) -> tuple[Float64[Tensor, "g o o"], Float64[Tensor, "g o o"]] | None:
+        """The symmetric root of H, and its inverse; None where outputs count alike."""
+        if self.outputs is None:
+            return None
+        values, vectors = torch.linalg.eigh(self.outputs.double())
+        values = values.clamp_min(LEAST * values[..., -1:]).sqrt()[..., None, :]
+        return (vectors * values) @ vectors.mT, (vectors / values) @ vectors.mT
+
+    def counted(self, weight: Float[Tensor, "g o i *taps"]) -> Tensor:
+        """H^½ W: a weight like this one of which all outputs count alike."""
+        return weight if self.root is None else (self.root[0].to(weight) @ weight.flatten(2)).reshape(weight.shape)
 
     def shrinkage(self) -> float:
         """How far a whole moment is from being known, from 0 to 1: the share of the identity to mix with it.
@@ -95,7 +119,9 @@ class Moment:
         return replace(self, joint=mixed, mean=about)
 
     def applied(self, residual: Float[Tensor, "g o i *taps"]) -> Tensor:
-        """The residual times the moment, in the residual's shape, dtype and place."""
+        """H times the residual times Σ, in the residual's shape, dtype and place."""
+        if self.outputs is not None:
+            residual = (self.outputs.to(residual) @ residual.flatten(2)).reshape(residual.shape)
         if self.joint is None and self.inputs is None and self.rows is None:
             return residual
         if self.rows is not None:
@@ -108,7 +134,9 @@ class Moment:
         return torch.einsum("goit,gij,gts->gojs", unfolded, inputs, taps).reshape(residual.shape)
 
     def outer(self, weight: Float[Tensor, "g o i *taps"]) -> Float64[Tensor, "g o o"]:
-        """W Σ Wᵀ."""
+        """W Σ Wᵀ, as if outputs counted alike."""
+        if self.outputs is not None:
+            return replace(self, outputs=None).outer(weight)
         flat = weight.flatten(2)
         if self.rows is not None:
             seen = flat @ self.rows.to(flat).mT
@@ -117,7 +145,7 @@ class Moment:
         return self.applied(exact).flatten(2) @ exact.flatten(2).mT
 
     def energy(self, residual: Float[Tensor, "g o i *taps"]) -> Tensor:
-        """E‖R x‖², summed over groups and outputs: a number, differentiable in the residual."""
+        """E‖H^½ R x‖², summed over groups and outputs: a number, differentiable in the residual."""
         return (self.applied(residual) * residual).sum()
 
 

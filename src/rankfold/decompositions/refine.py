@@ -73,7 +73,7 @@ def reached_error(
 
 def energy_of(weight: Float[Tensor, "g o i *taps"], moment: Moment) -> float:
     """E‖W x‖², summed over groups and outputs."""
-    return sum(float(moment.energy(part)) for _, part in _some_outputs(weight))
+    return sum(float(moment.energy(part)) for _, part in _some_outputs(weight, moment))
 
 
 def refine(
@@ -113,16 +113,20 @@ def refine(
 def _lost(weight: Tensor, wiring: Wiring, factors: Factors, moment: Moment) -> float:
     """E‖(W − Ŵ) x‖², summed over groups and outputs."""
     axis, error = 1 + wiring.factors[-1].index("o"), 0.0
-    for start, part in _some_outputs(weight):
+    for start, part in _some_outputs(weight, moment):
         last = factors[-1].narrow(axis, start, part.shape[1])
         rebuilt = reconstruct(wiring, tuple(factor.to(part) for factor in (*factors[:-1], last)))
         error += float(moment.energy(part - rebuilt))
     return error
 
 
-def _some_outputs(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The weight for some outputs after another, from the first of them on, in the dtype of products."""
+def _some_outputs(weight: Tensor, moment: Moment) -> Iterator[tuple[int, Tensor]]:
+    """The weight for some outputs after another, from the first of them on, in the dtype of products.
+
+    For all of them where they have a metric.
+    """
     step = max(1, _CHUNK // max(weight[0, 0].numel() * len(weight), 1))
+    step = step if moment.outputs is None else weight.shape[1]
     for start in range(0, weight.shape[1], step):
         yield start, weight[:, start : start + step].to(_dtype_of(weight))
 

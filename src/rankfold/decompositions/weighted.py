@@ -3,7 +3,7 @@
 Where the second factor is all that holds the outputs, and the first all that holds the inputs, the best factors are
 known: with U the leading eigenvectors of W Σ Wᵀ, Ŵ = U Uᵀ W. (Minimise ‖(W − Ŵ) Σ^½‖ over Ŵ of rank r: Eckart and
 Young give U Uᵀ W Σ^½, and that is reached. No inverse of Σ is taken, so it may be singular.) What is lost at a rank is
-the sum of the eigenvalues behind it.
+the sum of the eigenvalues behind it. Where outputs have a metric H, it is H^½ W that is so approximated.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class WeightedExpansion(Expansion):
 
     def __init__(self, weight: Float[Tensor, "g o i *taps"], wiring: Wiring, moment: Moment) -> None:
         self.wiring = wiring
-        self._weight = weight
+        self._weight = weight = moment.counted(weight)
+        self._root = moment.root
         outputs = weight.shape[1]
         columns = weight[0, 0].numel()
         if outputs > columns and moment.joint is not None:
@@ -67,4 +68,5 @@ class WeightedExpansion(Expansion):
         matrix = self._weight.flatten(2)
         rows = (leading.mT.to(matrix) @ matrix).double().reshape(len(matrix), rank, *self._weight.shape[2:])
         order = ["A", "i", *(axis for axis in self.wiring.factors[0] if axis not in "Ai")]
-        return rows.permute(0, *(1 + order.index(axis) for axis in self.wiring.factors[0])), leading.double()
+        columns = leading.double() if self._root is None else self._root[1].to(leading.device) @ leading.double()
+        return rows.permute(0, *(1 + order.index(axis) for axis in self.wiring.factors[0])), columns

@@ -101,15 +101,25 @@ def rebuild_(student: nn.Module, model: nn.Module, plan: Plan, moments: Mapping[
 
 
 def narrowed_moment(moment: Moment, model: nn.Module, plan: Plan, layer: LayerPlan) -> Moment:
-    """The moment of what goes into a layer of the original, of the channels alone that are kept."""
+    """The moment of what goes into a layer of the original, for the inputs and outputs alone that are kept."""
     if moment is IDENTITY or not layer.narrowed:
         return moment
     weight = weight_of(model.get_submodule(layer.name))
-    groups, _, inputs = weight.shape[:3]
-    _, columns = kept_of(plan, layer.name, weight)
+    groups, outputs, inputs = weight.shape[:3]
+    rows, columns = kept_of(plan, layer.name, weight)
     if shape_of(model.get_submodule(layer.name)).depthwise:
         return moment.of_groups(columns)
+    moment = moment.of_outputs(by_group(rows, groups, outputs))
     return moment.of_inputs(by_group(columns, groups, inputs), weight[0, 0, 0].numel())
+
+
+def narrowed_outputs(moment: Moment, model: nn.Module, plan: Plan, layer: LayerPlan) -> Tensor | None:
+    """The metric of the outputs that a layer keeps of those of the original, where they do not count alike."""
+    if moment.outputs is None or not layer.narrowed:
+        return moment.outputs
+    weight = weight_of(model.get_submodule(layer.name))
+    rows, _ = kept_of(plan, layer.name, weight)
+    return moment.of_outputs(by_group(rows, len(weight), weight.shape[1])).outputs
 
 
 def narrowed_error(model: nn.Module, student: nn.Module, plan: Plan, layer: LayerPlan, moment: Moment) -> float:
@@ -122,7 +132,7 @@ def narrowed_error(model: nn.Module, student: nn.Module, plan: Plan, layer: Laye
     else:
         split = by_group(rows, len(weight), weight.shape[1])
         kept = torch.stack([weight[group][one] for group, one in enumerate(split)])
-        composed = padded(composed, weight.shape[2], columns)
+        composed, moment = padded(composed, weight.shape[2], columns), moment.of_outputs(split)
     energy = float(moment.energy(kept))
     return float(moment.energy(kept - composed)) / energy if energy > 0 else 0.0
 
