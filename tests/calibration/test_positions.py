@@ -116,6 +116,22 @@ def test_rows_of_an_image_are_no_features(norm: Callable[[], nn.Module]):
     assert position_weights(model, names, [torch.randn(4, 3, 8, 8)]) == {}
 
 
+def test_where_gradients_are_not_finite_all_counts_alike():
+    """Those of a root at zero are infinite."""
+
+    class Rooted(Encoder):
+        def __init__(self) -> None:
+            super().__init__("first")
+            self.rooted = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            given = self.rooted(x)
+            return super().forward(x) + (given - given.detach()).sum((1, 2))[:, None].sqrt() * torch.arange(5.0)
+
+    found = importance(Rooted().eval(), ["rooted", "layers.1.linear2"], inputs())
+    assert set(found.outputs) == set(found.places) == {"layers.1.linear2"}
+
+
 def test_inputs_of_several_lengths_count_alike():
     batches = [torch.randn(4, places, WIDTH) for places in (PLACES, PLACES - 1)]
     assert position_weights(Encoder("first").eval(), ["layers.1.linear2"], batches) == {}

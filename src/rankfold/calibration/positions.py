@@ -87,7 +87,7 @@ def importance(model: nn.Module, names: Iterable[str], batches: Iterable[Inputs]
             if gradient.shape[-1] <= LARGEST:
                 rows = gradient.double().flatten(0, -2)
                 outer[name] = outer.get(name, 0.0) + rows.mT @ rows
-    roots = {name: total.sqrt() for name, total in squares.items() if total.sum() > 0}
+    roots = {name: total.sqrt() for name, total in squares.items() if 0 < total.sum() < torch.inf}
     weights = {name: root / root.mean() for name, root in roots.items()}
     places = {name: LEAST + (1 - LEAST) * one for name, one in weights.items() if one.max() > UNEVEN}
     return Importance(places, {name: _metric(outer[name]) for name in roots if name in outer})

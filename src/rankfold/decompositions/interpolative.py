@@ -107,10 +107,8 @@ def interpolated(
 def interpolation_error(weight: Float[Tensor, "g o i *taps"], moment: Moment, columns: Tensor) -> float:
     """The squared relative error of a layer's output once only some inputs are kept, and the weight is rebuilt."""
     residual = weight.double() - padded(interpolated(weight, moment, columns), weight.shape[2], columns)
-    square, (flat, residual) = (
-        whole(moment, weight),
-        (moment.counted(one).flatten(2) for one in (weight.double(), residual)),
-    )
+    square = whole(moment, weight)
+    flat, residual = (moment.counted(one).flatten(2) for one in (weight.double(), residual))
     energy = float(((flat @ square) * flat).sum())
     return float(((residual @ square) * residual).sum()) / energy if energy > 0 else 0.0
 
@@ -140,11 +138,8 @@ def whole(moment: Moment, weight: Float[Tensor, "g o i *taps"]) -> Float64[Tenso
     if square is None:
         size = weight[0, 0].numel()
         identity = torch.eye(size, dtype=torch.float64, device=weight.device).expand(len(weight), size, size)
-        square = (
-            replace(moment, outputs=None)
-            .applied(identity.reshape(len(weight), size, *weight.shape[2:]))
-            .reshape(identity.shape)
-        )
+        unfolded = identity.reshape(len(weight), size, *weight.shape[2:])
+        square = replace(moment, outputs=None).applied(unfolded).reshape(identity.shape)
     square = square.to(weight.device, torch.float64, copy=True)
     mean = square.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     square.diagonal(dim1=-2, dim2=-1).add_(torch.where(mean > 0, RIDGE * mean, 1.0))
