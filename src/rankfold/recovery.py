@@ -79,7 +79,14 @@ class Recovery:
         judged = [] if few else known.held or list(known.inputs)
         attempt = Attempt(student, model, judged)
         plan = refit_(
-            student, model, plan, known.inputs, moments=known.moments, weights=known.weights, progress=progress
+            student,
+            model,
+            plan,
+            known.inputs,
+            moments=known.moments,
+            weights=known.weights,
+            outputs=known.outputs,
+            progress=progress,
         )
         return (student, apart, None) if attempt.taken_back() else (student, plan, attempt)
 

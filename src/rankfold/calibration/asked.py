@@ -89,6 +89,6 @@ def provenance(known: Calibration, in_order: bool) -> dict[str, Any]:
         **({"approximate_moments": dict(sorted(known.approximate.items()))} if known.approximate else {}),
         **({"calibration_passes": "in bfloat16"} if known.narrow else {}),
         **({"weighted_layers": sorted(known.weights)} if known.weights else {}),
-        **({"metric_of_outputs": list(known.directed)} if known.directed else {}),
+        **({"metric_of_outputs": sorted(known.outputs)} if known.outputs else {}),
         "fitted": "in forward order" if in_order else "layer by layer",
     }

@@ -42,7 +42,7 @@ from rankfold.memory import trim
 from rankfold.network.copies import sharing
 from rankfold.network.kinds import shape_of, stage_factors, weight_of, weights_of_stages
 from rankfold.network.layouts import write_factors_
-from rankfold.network.narrowing import composed_weight, narrow_, narrowed_error, narrowed_outputs, write_weight_
+from rankfold.network.narrowing import composed_weight, narrow_, narrowed_error, narrowed_moment, write_weight_
 from rankfold.network.passes import Inputs, evaluating
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
@@ -65,15 +65,16 @@ def refit_(
     *,
     moments: Mapping[str, Moment] | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    outputs: Mapping[str, Tensor] | None = None,
     progress: Progress = silent,
 ) -> Plan:
     """Fits the student's factors in forward order, in place, and returns the plan with the errors they now have.
 
     `student` is the model as `apply_plan` compressed it; `batches` are run once by both, layer by layer. Biases and
     batch norms that follow a layer get the mean and variance its outputs lost; those of a layer that is called more
-    than once in a pass stay. `moments` are the metric of the plan's errors, and hold that of outputs; `weights` are
-    those of the places of layers' outputs (`rankfold.calibration.positions`). Raises DataError for batches that do
-    not fit the model.
+    than once in a pass stay. `moments` are the metric of the plan's errors, `weights` those of the places of layers'
+    outputs, and `outputs` their metrics (`rankfold.calibration.positions`). Raises DataError for batches that do not
+    fit the model.
     """
     place_of_ridge = len(RIDGES) // 2
     skeleton = narrow_(sharing(model), plan.narrowings) if plan.narrowings else model
@@ -86,8 +87,8 @@ def refit_(
             place_of_ridge = place_of_ridge if ridge is None else ridge
             pairs = halves[0] + halves[1]
             del halves
-            known = (moments or {}).get(place.layer.name, IDENTITY)
-            found = _fitted(pair, place, pairs, RIDGES[-1 if ridge is None else ridge], known)
+            counted = Moment(outputs=(outputs or {}).get(place.layer.name))
+            found = _fitted(pair, place, pairs, RIDGES[-1 if ridge is None else ridge], counted)
             if place.calls == 1:
                 _recentre_(pair, place, pairs, found)
             del pairs
@@ -203,10 +204,12 @@ def _ridge(pair: Networks, place: Place, halves: tuple[_Pairs, _Pairs], tried: i
     return _best_ridge(_weight(pair, place), tried, *moments)
 
 
-def _fitted(pair: Networks, place: Place, pairs: _Pairs, ridge: float, known: Moment) -> Float64[Tensor, "g o i *taps"]:
+def _fitted(
+    pair: Networks, place: Place, pairs: _Pairs, ridge: float, counted: Moment
+) -> Float64[Tensor, "g o i *taps"]:
     """The weight that a layer has once it is fitted to the sums, or that its factors stand for, as it is stored.
 
-    `known` is the original layer's moment, of which the metric of the outputs is used.
+    `counted` holds the metric of the original layer's outputs.
     """
     layer = place.layer
     module, own = (one.get_submodule(layer.name) for one in (pair.skeleton, pair.student))
@@ -219,8 +222,8 @@ def _fitted(pair: Networks, place: Place, pairs: _Pairs, ridge: float, known: Mo
         else:
             wiring = wiring_of(layer.decomposition, shape_of(module))
             start = tuple(one.detach().double() for one in stage_factors(own, module, wiring, layer.ranks))
-            outputs = narrowed_outputs(known, pair.model, pair.plan, layer)
-            moment = Moment(joint=square, positions=pairs.inputs.effective, outputs=outputs).shrunk()
+            kept = narrowed_moment(counted, pair.model, pair.plan, layer)
+            moment = replace(kept, joint=square, positions=pairs.inputs.effective).shrunk()
             fitted = refine(target, wiring, start, moment)
             write_factors_(weights_of_stages(own), shape_of(module), wiring, fitted)
     return composed_weight(own).detach().double()

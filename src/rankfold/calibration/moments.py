@@ -45,8 +45,8 @@ class Calibration:
 
     `inputs` are the batches themselves, empty where they were used up by measuring; `samples` counts what is in them.
     `held` are others, on which what was made by the moments is judged. `weights` are those of the places of layers'
-    outputs, where they count unequally. `narrow` says that passes were in bfloat16, `directed` which
-    layers' outputs have a metric in their moments.
+    outputs, where they count unequally; `outputs` are the metrics of layers' outputs that the moments hold. `narrow`
+    says that passes were in bfloat16.
     """
 
     moments: Mapping[str, Moment]
@@ -59,8 +59,8 @@ class Calibration:
     held: Sequence[Inputs] = field(default=(), repr=False)
     approximate: Mapping[str, str] = field(default_factory=dict)
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
     narrow: bool = False
-    directed: Sequence[str] = ()
 
 
 def calibrate(
@@ -83,8 +83,8 @@ def calibrate(
     gives, such as a class token, these count more, and directions there have a metric
     (`rankfold.calibration.positions`). Passes, but not the sums, are in bfloat16 where they are to be `narrow`: fits of
     ResNet-50's layers by such moments have 0.01 to 0.2 % more of an error, by those of half of 200 images 1.3 to 360 %.
-    A layer that is never called is listed as missing. Raises
-    DataError for batches that are empty, do not fit the model, or lead to values that are not finite.
+    A layer that is never called is listed as missing. Raises DataError for batches that are empty, do not fit the
+    model, or lead to values that are not finite.
     """
     owners = {model.get_submodule(name): layer.name for layer in layers for name in (layer.name, *layer.aliases)}
     owners = {module: name for module, name in owners.items() if not known_kind(module).lookup}
@@ -117,8 +117,9 @@ def calibrate(
     known: Mapping[str, Moment] = moments
     if counts.outputs:
         known = Changed(moments, lambda name, one: replace(one, outputs=counts.outputs.get(name)))
-    directed = tuple(sorted(counts.outputs))
-    return Calibration(known, missing, count, source, reason, samples, kept, (), approximate, weights, narrow, directed)
+    return Calibration(
+        known, missing, count, source, reason, samples, kept, (), approximate, weights, counts.outputs, narrow
+    )
 
 
 def _in_memory(

@@ -65,8 +65,10 @@ class Importance:
     outputs: Mapping[str, Float[Tensor, "1 features features"]] = field(default_factory=dict)
 
 
-def importance(model: nn.Module, names: Iterable[str], batches: Iterable[Inputs]) -> Importance:
-    """What counts of what some modules give.
+def importance(
+    model: nn.Module, names: Iterable[str], batches: Iterable[Inputs], *, directed: bool = True
+) -> Importance:
+    """What counts of what some modules give, with metrics of features if they are to be `directed`.
 
     Only of outputs (examples, places…, features) of modules that are called once, and of a network that gives one row
     of numbers for an example; elsewhere, as of convolutions, all counts alike.
@@ -84,7 +86,7 @@ def importance(model: nn.Module, names: Iterable[str], batches: Iterable[Inputs]
             if name in squares and len(squares[name]) != len(own):  # inputs of several lengths
                 return Importance()
             squares[name] = squares.get(name, 0.0) + own
-            if gradient.shape[-1] <= LARGEST:
+            if directed and gradient.shape[-1] <= LARGEST:
                 rows = gradient.double().flatten(0, -2)
                 outer[name] = outer.get(name, 0.0) + rows.mT @ rows
     roots = {name: total.sqrt() for name, total in squares.items() if 0 < total.sum() < torch.inf}
@@ -97,7 +99,7 @@ def position_weights(
     model: nn.Module, names: Iterable[str], batches: Iterable[Inputs]
 ) -> Mapping[str, Float64[Tensor, " positions"]]:
     """The weights of the places of what some modules give, where they are uneven (`importance`)."""
-    return importance(model, names, batches).places
+    return importance(model, names, batches, directed=False).places
 
 
 def _metric(outer: Float64[Tensor, "features features"]) -> Float[Tensor, "1 features features"]:

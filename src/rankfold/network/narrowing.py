@@ -113,15 +113,6 @@ def narrowed_moment(moment: Moment, model: nn.Module, plan: Plan, layer: LayerPl
     return moment.of_inputs(by_group(columns, groups, inputs), weight[0, 0, 0].numel())
 
 
-def narrowed_outputs(moment: Moment, model: nn.Module, plan: Plan, layer: LayerPlan) -> Tensor | None:
-    """The metric of the outputs that a layer keeps of those of the original, where they do not count alike."""
-    if moment.outputs is None or not layer.narrowed:
-        return moment.outputs
-    weight = weight_of(model.get_submodule(layer.name))
-    rows, _ = kept_of(plan, layer.name, weight)
-    return moment.of_outputs(by_group(rows, len(weight), weight.shape[1])).outputs
-
-
 def narrowed_error(model: nn.Module, student: nn.Module, plan: Plan, layer: LayerPlan, moment: Moment) -> float:
     """The squared relative error of the outputs that a narrowed layer keeps, factors or not."""
     weight, own = weight_of(model.get_submodule(layer.name)).double(), cast(Any, student.get_submodule(layer.name))
